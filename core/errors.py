@@ -1,0 +1,18 @@
+"""What the user can mend, as exceptions: a message that names the place, and a hint what to do."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the command line prints it without a traceback."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ModelError(UserError):
+    """The model's files cannot be used: unknown architecture, missing or misshapen tensors."""
+
+
+class MemoryTooSmall(UserError):
+    """The machine has too little memory for the model and one sequence's KV cache."""

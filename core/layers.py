@@ -1,0 +1,88 @@
+"""The layers Qwen3 is made of: linear, embedding, RMSNorm and the rotary tables.
+
+A layer only holds its weight and picks the implementation for the device it lies on.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm_cli.core.config import RopeConfig
+from nanovllm_cli.kernels.linear import linear_reference
+from nanovllm_cli.kernels.rms_norm import rms_norm_reference
+
+
+class Linear(nn.Module):
+    """x @ weight.T; several checkpoint matrices with one input are stacked into one weight.
+
+    weight: [sum(out_features), in_features].
+    """
+
+    def __init__(self, in_features: int, *out_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(sum(out_features), in_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [num_rows, in_features] -> [num_rows, sum(out_features)]."""
+        return linear_reference(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """One row a token id. weight: [vocab_size, hidden_size]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids: int64 [num_tokens] -> [num_tokens, hidden_size]."""
+        return self.weight[token_ids]
+
+
+class RMSNorm(nn.Module):
+    """Over the last dimension. weight: [size]."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., size] -> the same."""
+        return rms_norm_reference(x, self.weight, self.eps)
+
+
+def rotary_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles: fp32 [num_positions, head_dim / 2] each."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / (rope.theta**exponents)
+    scale = 1.0
+    if rope.rope_type == "yarn":
+        frequencies, scale = _yarn(rope, frequencies, head_dim)
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def _yarn(rope: RopeConfig, frequencies: Tensor, head_dim: int) -> tuple[Tensor, float]:
+    """YaRN's frequencies and the factor on cos and sin (https://arxiv.org/abs/2309.00071, 3.2).
+
+    Frequencies that turn more than beta_fast times over the original context stay, those that turn
+    less than beta_slow times are divided by `factor`, and a ramp joins them.
+    """
+
+    def dimension_of(num_turns: float) -> float:
+        wavelength = rope.original_max_position_embeddings / (num_turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    scale = rope.attention_factor
+    if scale is None:
+        scale = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+    return frequencies / rope.factor * ramp + frequencies * (1 - ramp), scale

@@ -1,0 +1,372 @@
+"""Scheduler: which sequences run, and whether the next launch is a prefill or a decode window.
+
+The order of a launch's life is `schedule` (plan it), then later `update` (read its tokens). Several
+launches may be planned before the first is read, so a plan never depends on a token not yet read:
+lengths are known without looking, and only a stop token needs a look. A sequence that turns out to
+have stopped in window w is dropped when w is read; what window w + 1 made of it is ignored.
+
+Prefill goes first: whatever fits is admitted, in order of arrival. A decode window runs every
+prefilled sequence for K steps, K bounded by the next certain finish, the free blocks and
+`max_window_steps`. When not even one step's blocks are free, the sequence admitted last is
+preempted: it loses its blocks, goes to the front of the queue and is prefilled again later, with
+the tokens it has. Admission leaves a free block for each running sequence, so that a window
+always runs between a preemption and the next admission, and the engine always advances.
+"""
+
+from collections import deque
+
+import numpy as np
+
+from nanovllm_cli.core.batch import (
+    Admission,
+    Batch,
+    BatchResult,
+    BlockTableUpdate,
+    DecodeBatch,
+    PrefillBatch,
+)
+from nanovllm_cli.core.block_manager import BlockManager
+from nanovllm_cli.core.request import (
+    Completion,
+    Failure,
+    FailureCode,
+    FinishReason,
+    NewTokens,
+    Output,
+    Request,
+)
+from nanovllm_cli.core.sampling_params import MAX_STOP_TOKEN_IDS
+from nanovllm_cli.core.sequence import Sequence, SequenceStatus
+from nanovllm_cli.core.stats import EngineStats
+
+
+class Scheduler:
+    """Waiting and running sequences, their slots and their blocks; no tensors."""
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_window_steps: int,
+    ) -> None:
+        self._block_manager = block_manager
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._max_model_len = max_model_len
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_window_steps = max_window_steps
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # in order of admission
+        self._chunked: Sequence | None = None  # the running one whose prompt is not done
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._launched: deque[tuple[list[Sequence], list[int]]] = deque()
+        self._by_id: dict[int, Sequence] = {}
+        self._new_admissions: list[Admission] = []
+        self._new_blocks: list[tuple[int, int, int]] = []  # (slot, index, block id)
+        self.stats = EngineStats()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some sequence is not finished."""
+        return bool(self._waiting or self._running)
+
+    def add(self, request: Request) -> Failure | None:
+        """Queue a request; one that can never run comes back as its Failure at once."""
+        sampling = request.sampling
+        length = len(request.prompt_token_ids)
+        eos = () if sampling.ignore_eos else self._eos_token_ids
+        stop_token_ids = tuple(dict.fromkeys((*eos, *sampling.stop_token_ids)))
+
+        def failure(code: FailureCode, message: str) -> Failure:
+            return Failure(request_id=request.request_id, code=code, message=message)
+
+        if length == 0:
+            return failure("bad_token_ids", "the prompt has no tokens")
+        if length >= self._max_model_len:
+            return failure(
+                "prompt_too_long",
+                f"the prompt has {length} tokens; at most {self._max_model_len - 1} leave room "
+                "for one more",
+            )
+        ids = np.asarray(request.prompt_token_ids)
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            wrong = int(ids[(ids < 0) | (ids >= self._vocab_size)][0])
+            return failure(
+                "bad_token_ids",
+                f"token id {wrong} is outside the vocabulary of {self._vocab_size}",
+            )
+        if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            return failure(
+                "bad_parameters",
+                f"{len(stop_token_ids)} stop token ids, eos included; at most {MAX_STOP_TOKEN_IDS}",
+            )
+        max_length = self._max_model_len
+        if sampling.max_tokens is not None:
+            max_length = min(max_length, length + sampling.max_tokens)
+        sequence = Sequence(request, max_length, stop_token_ids)
+        assert request.request_id not in self._by_id, f"request {request.request_id} runs already"
+        self._by_id[request.request_id] = sequence
+        self._waiting.append(sequence)
+        return None
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request without a Completion; unknown and finished ones are no error."""
+        sequence = self._by_id.get(request_id)
+        if sequence is None:
+            return
+        if sequence.status is SequenceStatus.WAITING:
+            self._waiting.remove(sequence)
+            self._forget(sequence)
+        else:
+            self._finish(sequence)
+
+    def schedule(self) -> Batch | None:
+        """The next launch, or None where there is nothing to do before tokens are read."""
+        return self._schedule_prefill() or self._schedule_decode()
+
+    def update(self, result: BatchResult) -> list[Output]:
+        """Take in the oldest launch's tokens; returns what has finished, failed or moved on."""
+        sequences, num_planned = self._launched.popleft()
+        outputs: list[Output] = []
+        for i, sequence in enumerate(sequences):
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            sequence.num_in_flight_tokens -= num_planned[i]
+            if result.is_nan[i]:
+                self._finish(sequence)
+                outputs.append(
+                    Failure(
+                        request_id=sequence.request.request_id,
+                        code="nan_logits",
+                        message=f"the logits after {sequence.num_tokens} tokens are not finite",
+                    )
+                )
+                continue
+            token_ids = result.token_ids[i, : result.num_tokens[i]]
+            if not len(token_ids):
+                continue
+            sequence.append(token_ids)
+            self.stats.num_completion_tokens += len(token_ids)
+            if result.is_stopped[i]:
+                outputs.append(self._complete(sequence, "stop"))
+            elif sequence.num_tokens >= sequence.max_length:
+                outputs.append(self._complete(sequence, "length"))
+            else:
+                self._publish(sequence)
+                if sequence.request.reports_tokens:
+                    outputs.append(
+                        NewTokens(request_id=sequence.request.request_id, token_ids=token_ids)
+                    )
+        return outputs
+
+    def _schedule_prefill(self) -> PrefillBatch | None:
+        budget = self._max_num_batched_tokens
+        scheduled: list[tuple[Sequence, int]] = []
+        while budget > 0 and (sequence := self._chunked or self._admit()):
+            num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
+            scheduled.append((sequence, num_tokens))
+            budget -= num_tokens
+            sequence.num_computed_tokens += num_tokens
+            is_last = sequence.num_computed_tokens == sequence.num_tokens
+            sequence.num_in_flight_tokens = 1 if is_last else 0
+            self._chunked = None if is_last else sequence
+            self._publish(sequence)
+        if not scheduled:
+            return None
+        self.stats.num_prefill_launches += 1
+        sequences = [sequence for sequence, _ in scheduled]
+        ends = np.array([s.num_computed_tokens for s in sequences], dtype=np.int32)
+        query_lens = np.array([num_tokens for _, num_tokens in scheduled], dtype=np.int32)
+        starts = ends - query_lens
+        in_flight = [s.num_in_flight_tokens for s in sequences]
+        self._launched.append((sequences, in_flight))
+        return PrefillBatch(
+            admissions=self._take_admissions(),
+            block_table_update=self._take_block_table_update(),
+            slots=_slots_of(sequences),
+            token_ids=np.concatenate(
+                [s.token_ids[a:b] for s, a, b in zip(sequences, starts, ends, strict=True)]
+            ),
+            start_positions=starts,
+            query_lens=query_lens,
+            is_last_chunk=np.array(in_flight, dtype=np.bool_),
+        )
+
+    def _admit(self) -> Sequence | None:
+        """Give the first waiting sequence a slot and blocks, where both are to be had."""
+        if not self._waiting or not self._free_slots:
+            return None
+        sequence, blocks = self._waiting[0], self._block_manager
+        blocks.hash_blocks(sequence.token_ids, sequence.block_hashes)
+        cached = blocks.find_prefix(sequence.token_ids, sequence.block_hashes)
+        num_new = blocks.num_blocks_for(sequence.num_tokens) - len(cached)
+        needed = num_new + blocks.num_free_among(cached)
+        if self._running:
+            needed += len(self._running) + 1  # a block for each to grow into
+        if needed > blocks.num_free_blocks:
+            return None
+        self._waiting.popleft()
+        self._running.append(sequence)
+        blocks.take(cached)
+        sequence.status = SequenceStatus.RUNNING
+        sequence.slot = self._free_slots.pop()
+        sequence.block_table = cached + blocks.allocate(num_new)
+        sequence.num_published_blocks = len(cached)
+        sequence.num_computed_tokens = len(cached) * blocks.block_size
+        sequence.num_prefilled_tokens = sequence.num_tokens
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.stats.num_prompt_tokens += sequence.num_prompt_tokens
+            self.stats.num_cached_tokens += sequence.num_computed_tokens
+        sampling = sequence.request.sampling
+        self._new_blocks += [(sequence.slot, i, b) for i, b in enumerate(sequence.block_table)]
+        self._new_admissions.append(
+            Admission(
+                slot=sequence.slot,
+                seed=sampling.seed,
+                temperature=sampling.temperature,
+                top_k=min(sampling.top_k or self._vocab_size, self._vocab_size),
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                min_length=sequence.min_length,
+                max_length=sequence.max_length,
+                stop_token_ids=sequence.stop_token_ids,
+            )
+        )
+        return sequence
+
+    def _schedule_decode(self) -> DecodeBatch | None:
+        while True:
+            sequences = [s for s in self._running if s.planned_length < s.max_length]
+            if not sequences:
+                return None
+            num_steps = self._window_steps(sequences)
+            if num_steps > 0:
+                break
+            if self._launched:
+                return None  # a preempted sequence's tokens must be known: read them first
+            self._preempt(self._running[-1])
+        for sequence in sequences:
+            sequence.num_in_flight_tokens += num_steps
+            self._grow(sequence, sequence.planned_length - 1)
+        self.stats.num_decode_steps += num_steps
+        self.stats.num_decode_slots += num_steps * len(sequences)
+        self._launched.append((sequences, [num_steps] * len(sequences)))
+        return DecodeBatch(
+            block_table_update=self._take_block_table_update(),
+            slots=_slots_of(sequences),
+            num_steps=num_steps,
+        )
+
+    def _window_steps(self, sequences: list[Sequence]) -> int:
+        """Steps to the next certain finish, or as many as the free blocks allow: 0 if not one."""
+        num_steps = min(s.max_length - s.planned_length for s in sequences)
+        num_steps = min(num_steps, self._max_window_steps)
+        while num_steps > 0:
+            # The window's last token is sampled but not stored, hence planned_length - 1.
+            needed = sum(
+                self._block_manager.num_blocks_for(s.planned_length - 1 + num_steps)
+                - len(s.block_table)
+                for s in sequences
+            )
+            if needed <= self._block_manager.num_free_blocks:
+                break
+            num_steps //= 2
+        return num_steps
+
+    def _grow(self, sequence: Sequence, num_positions: int) -> None:
+        """Extend a block table to hold `num_positions` tokens' KV."""
+        num_held = len(sequence.block_table)
+        num_new = self._block_manager.num_blocks_for(num_positions) - num_held
+        if num_new > 0:
+            assert sequence.slot is not None, "a running sequence has a slot"
+            new = self._block_manager.allocate(num_new)
+            self._new_blocks += [(sequence.slot, num_held + i, b) for i, b in enumerate(new)]
+            sequence.block_table += new
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Make the full blocks visible whose tokens are known and whose KV is written.
+
+        The last generated token's KV does not count: a launch in flight writes it, or skips it
+        where the sequence has stopped.
+        """
+        num_written = sequence.num_computed_tokens
+        if sequence.num_tokens > sequence.num_prefilled_tokens:
+            num_written = sequence.num_tokens - 1
+        end = num_written // self._block_manager.block_size
+        if end > sequence.num_published_blocks:
+            self._block_manager.hash_blocks(sequence.token_ids, sequence.block_hashes)
+            self._block_manager.publish(
+                sequence.block_table,
+                sequence.token_ids,
+                sequence.block_hashes,
+                sequence.num_published_blocks,
+                end,
+            )
+            sequence.num_published_blocks = end
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert sequence.num_in_flight_tokens == 0, "tokens in flight would be lost"
+        assert len(self._running) > 1, "a lone sequence always fits: max_model_len sees to it"
+        self.stats.num_preemptions += 1
+        self._leave(sequence)
+        sequence.status = SequenceStatus.WAITING
+        self._waiting.appendleft(sequence)
+
+    def _complete(self, sequence: Sequence, finish_reason: FinishReason) -> Completion:
+        self._finish(sequence)
+        return Completion(
+            request_id=sequence.request.request_id,
+            token_ids=sequence.completion_token_ids,
+            finish_reason=finish_reason,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+        )
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._publish(sequence)
+        self._leave(sequence)
+        self._forget(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Give back a running sequence's slot and blocks."""
+        assert sequence.slot is not None, "a running sequence has a slot"
+        self._running.remove(sequence)
+        if self._chunked is sequence:
+            self._chunked = None
+        self._free_slots.append(sequence.slot)
+        self._block_manager.release(sequence.block_table)
+        sequence.slot = None
+        sequence.block_table = []
+
+    def _forget(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.FINISHED
+        del self._by_id[sequence.request.request_id]
+
+    def _take_admissions(self) -> tuple[Admission, ...]:
+        taken, self._new_admissions = tuple(self._new_admissions), []
+        return taken
+
+    def _take_block_table_update(self) -> BlockTableUpdate:
+        columns = np.array(self._new_blocks, dtype=np.int32).reshape(-1, 3)
+        self._new_blocks = []
+        return BlockTableUpdate(
+            slots=columns[:, 0].copy(), indices=columns[:, 1].copy(), block_ids=columns[:, 2].copy()
+        )
+
+
+def _slots_of(sequences: list[Sequence]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.array([s.slot for s in sequences], dtype=np.int32)

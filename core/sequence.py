@@ -1,0 +1,71 @@
+"""Sequence: a request on its way through the engine. Only the scheduler changes one."""
+
+from enum import Enum, auto
+
+import numpy as np
+
+from nanovllm_cli.core.request import Request, TokenIds
+
+
+class SequenceStatus(Enum):
+    WAITING = auto()  # holds no slot and no blocks
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Sequence:
+    """A request's tokens, and how far its KV has been planned.
+
+    `num_tokens` counts the tokens the host knows, `num_in_flight_tokens` those that launches not
+    yet read back will add. Of the `num_prefilled_tokens` known at its last admission, the launches
+    made so far compute the first `num_computed_tokens`; every later token's KV is written by the
+    decode step that it is the input of.
+    """
+
+    __slots__ = (
+        "_tokens", "block_hashes", "block_table", "max_length", "min_length",
+        "num_cached_tokens", "num_computed_tokens", "num_in_flight_tokens",
+        "num_prefilled_tokens", "num_prompt_tokens", "num_published_blocks", "num_tokens",
+        "request", "slot", "status", "stop_token_ids",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, max_length: int, stop_token_ids: tuple[int, ...]) -> None:
+        self.request = request
+        self._tokens: TokenIds = np.asarray(request.prompt_token_ids, dtype=np.int32)
+        self.num_prompt_tokens = self.num_tokens = len(self._tokens)
+        self.min_length = self.num_prompt_tokens + request.sampling.min_tokens
+        self.max_length = max_length
+        self.stop_token_ids = stop_token_ids
+        self.num_cached_tokens: int | None = None  # of the prompt, at its first admission
+        self.num_computed_tokens = self.num_prefilled_tokens = 0
+        self.num_in_flight_tokens = 0
+        self.status = SequenceStatus.WAITING
+        self.slot: int | None = None
+        self.block_table: list[int] = []
+        self.block_hashes: list[int] = []  # of the full blocks hashed so far
+        self.num_published_blocks = 0
+
+    @property
+    def token_ids(self) -> TokenIds:
+        """The known tokens, prompt first: int32 [num_tokens]."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def completion_token_ids(self) -> TokenIds:
+        """The generated tokens: int32 [num_tokens - num_prompt_tokens]."""
+        return self._tokens[self.num_prompt_tokens : self.num_tokens]
+
+    @property
+    def planned_length(self) -> int:
+        """Tokens there will be when everything launched has been read."""
+        return self.num_tokens + self.num_in_flight_tokens
+
+    def append(self, token_ids: TokenIds) -> None:
+        """Add generated tokens, growing the buffer by doubling."""
+        end = self.num_tokens + len(token_ids)
+        if end > len(self._tokens):
+            grown = np.empty(min(max(2 * end, 64), self.max_length), dtype=np.int32)
+            grown[: self.num_tokens] = self.token_ids
+            self._tokens = grown
+        self._tokens[self.num_tokens : end] = token_ids
+        self.num_tokens = end

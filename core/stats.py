@@ -1,0 +1,18 @@
+"""EngineStats: what the engine has done since its start."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counts and seconds. A prompt counts once, however often it is prefilled."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompts, found in the prefix cache
+    num_completion_tokens: int = 0
+    num_prefill_launches: int = 0
+    num_decode_steps: int = 0
+    num_decode_slots: int = 0  # summed over the steps: the mean batch times the steps
+    num_preemptions: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0

@@ -1,0 +1,124 @@
+"""Causal attention of new tokens over K and V in pages: prefill, chunks, cached prefixes, decode.
+
+The reference goes through a sequence's KV block by block with an online softmax (Milakov &
+Gimelshein 2018, arXiv:1805.02867). Blocks lie at absolute positions and every product has the same
+shape, so a token's result has the same bits whether it is computed in a prefill, in a chunk of one
+or in a decode step, and whatever else is in the batch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_TILES_AT_ONCE = 256  # bounds the copies of K and V that the reference makes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueryTiles:
+    """Up to `tile_size` neighbouring tokens of one sequence, attended to together.
+
+    A prefill gathers a block of K and V once for a tile. `tile_size` depends on the model alone.
+    """
+
+    token_indices: Tensor  # int64 [num_tiles, tile_size]: rows of q, 0 in a tile's padding
+    positions: Tensor  # int64 [num_tiles, tile_size]: absolute, -1 in a tile's padding
+    sequence_indices: Tensor  # int64 [num_tiles]: rows of the block tables
+    num_blocks: npt.NDArray[np.int64]  # [num_tiles]: blocks up to a tile's last position
+
+    @classmethod
+    def of(
+        cls,
+        query_lens: npt.NDArray[np.int32],
+        start_positions: npt.NDArray[np.int32],
+        *,
+        group_size: int,
+        block_size: int,
+    ) -> "QueryTiles":
+        """Tiles of packed sequences: query_lens, start_positions int32 [num_sequences]."""
+        tile_size = max(1, 8 // group_size)
+        num_tiles = -(-query_lens // tile_size)
+        sequences = np.repeat(np.arange(len(query_lens)), num_tiles)
+        first_tiles = np.cumsum(num_tiles) - num_tiles
+        offsets = (np.arange(len(sequences)) - first_tiles[sequences]) * tile_size
+        offsets = offsets[:, None] + np.arange(tile_size)
+        is_token = offsets < query_lens[sequences, None]
+        first_tokens = (np.cumsum(query_lens) - query_lens)[sequences, None]
+        positions = np.where(is_token, start_positions[sequences, None] + offsets, -1)
+        return cls(
+            token_indices=torch.from_numpy(np.where(is_token, first_tokens + offsets, 0)),
+            positions=torch.from_numpy(positions),
+            sequence_indices=torch.from_numpy(sequences),
+            num_blocks=positions.max(axis=1) // block_size + 1,
+        )
+
+
+def paged_attention_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, tiles: QueryTiles
+) -> Tensor:
+    """softmax(q K^T / sqrt(head_dim)) V over each token's own past, itself included, in fp32.
+
+    q: [num_tokens, num_heads, head_dim]; k_cache, v_cache: [num_blocks, num_kv_heads, block_size,
+    head_dim]; block_tables: int64 [num_sequences, max_blocks] -> [num_tokens, num_heads, head_dim].
+    """
+    out = torch.empty_like(q)
+    for start in range(0, len(tiles.num_blocks), _TILES_AT_ONCE):
+        part = slice(start, start + _TILES_AT_ONCE)
+        indices, positions = tiles.token_indices[part], tiles.positions[part]
+        attended = _attend(
+            q[indices],
+            k_cache,
+            v_cache,
+            block_tables[tiles.sequence_indices[part]],
+            positions,
+            tiles.num_blocks[part],
+        )
+        is_token = positions >= 0
+        out[indices[is_token]] = attended[is_token].to(q.dtype)
+    return out
+
+
+def _attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    positions: Tensor,
+    num_blocks: npt.NDArray[np.int64],
+) -> Tensor:
+    """q: [num_tiles, tile_size, num_heads, head_dim] -> the same shape, fp32."""
+    num_tiles, tile_size, num_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    group_size = num_heads // num_kv_heads
+    rows = tile_size * group_size
+    q = q.float().view(num_tiles, tile_size, num_kv_heads, group_size, head_dim).transpose(1, 2)
+    q = q.reshape(num_tiles, num_kv_heads, rows, head_dim) * head_dim**-0.5
+    row_positions = positions.repeat_interleave(group_size, dim=1)[:, None, :, None]
+    last_positions = positions.amax(dim=1)
+
+    best = torch.full((num_tiles, num_kv_heads, rows, 1), -1e30)
+    total = torch.zeros_like(best)
+    out = torch.zeros_like(q)
+    for block in range(int(num_blocks.max())):
+        active = torch.from_numpy(np.flatnonzero(num_blocks > block))
+        block_ids = block_tables[active, block]
+        offsets = torch.arange(block * block_size, (block + 1) * block_size)
+        k = k_cache[block_ids].float().flatten(0, 1)
+        v = v_cache[block_ids].float()
+        # What an earlier holder left behind the last position may be anything, NaN included.
+        v.masked_fill_((offsets > last_positions[active, None])[:, None, :, None], 0.0)
+        scores = torch.bmm(q[active].flatten(0, 1), k.transpose(1, 2))
+        scores = scores.view(len(active), num_kv_heads, rows, block_size)
+        scores.masked_fill_(offsets > row_positions[active], -torch.inf)
+        old_best = best[active]
+        new_best = torch.maximum(old_best, scores.amax(dim=-1, keepdim=True))
+        scores = torch.exp(scores - new_best)
+        decay = torch.exp(old_best - new_best)
+        best[active] = new_best
+        total[active] = total[active] * decay + scores.sum(dim=-1, keepdim=True)
+        product = torch.bmm(scores.flatten(0, 1), v.flatten(0, 1))
+        out[active] = out[active] * decay + product.view(len(active), num_kv_heads, rows, head_dim)
+    out = (out / total).view(num_tiles, num_kv_heads, tile_size, group_size, head_dim)
+    return out.transpose(1, 2).reshape(num_tiles, tile_size, num_heads, head_dim)

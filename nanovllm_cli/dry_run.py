@@ -1,0 +1,85 @@
+"""`--dry-run`: read and tokenize everything, say what the job would need, and generate nothing."""
+
+import sys
+import time
+from collections import Counter
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nanovllm_cli.core.config import ModelConfig
+from nanovllm_cli.core.engine import resolve_max_model_len
+from nanovllm_cli.kernels.linear import ROWS_PER_TILE, linear_reference
+
+from .exit_code import ExitCode
+from .feeder import to_prompts, tokenize
+from .models import default_sampling, resolve_model
+from .options import GenerateOptions
+from .pipeline import load_tokenizer, try_first_rows
+from .prompts import Prompt
+from .rows import BadRow, check_inputs, find_inputs, read_rows
+
+
+def dry_run(options: GenerateOptions) -> ExitCode:
+    """Report on stderr; the exit code is the one the job's bad rows would give."""
+    sources = find_inputs(options.inputs)
+    check_inputs(sources)
+    rows = try_first_rows(read_rows(sources, limit=options.limit), options.prompt)
+    path = resolve_model(options.model, options.revision, offline=options.offline)
+    model = ModelConfig.from_directory(path)
+    max_model_len = resolve_max_model_len(model, options.engine)
+    defaults = default_sampling(path) | options.sampling
+    tokenizer = load_tokenizer(options, path)
+
+    errors: Counter[str] = Counter()
+    num_rows = num_prompt_tokens = num_completion_tokens = longest_prompt = longest = 0
+    for chunk in to_prompts(rows, options.prompt):
+        for fed in tokenize(chunk, tokenizer):
+            if isinstance(fed, BadRow):
+                errors[fed.code] += 1
+                continue
+            length = len(fed.token_ids)
+            if length >= max_model_len:
+                errors["prompt_too_long"] += 1
+                continue
+            num_rows += 1
+            num_prompt_tokens += length
+            most = _max_tokens(fed.prompt, defaults.get("max_tokens"), max_model_len - length)
+            num_completion_tokens += most * (fed.prompt.n or options.n)
+            longest_prompt = max(longest_prompt, length)
+            longest = max(longest, length + most)
+
+    kv_bytes = model.kv_bytes_per_token(4)
+    seconds = _seconds(model, num_prompt_tokens + num_completion_tokens)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    failed = "".join(f", {count} {code}" for code, count in errors.items())
+    table.add_row("rows", f"{num_rows} good, {errors.total()} bad{failed}")
+    table.add_row("prompt tokens", f"{num_prompt_tokens}, the longest prompt {longest_prompt}")
+    table.add_row("completion tokens", f"at most {num_completion_tokens}")
+    table.add_row(
+        "KV cache",
+        f"{kv_bytes * longest / 2**20:.1f} MiB for the longest row, at most "
+        f"{kv_bytes * longest * options.engine.max_num_seqs / 2**20:.1f} MiB for "
+        f"{options.engine.max_num_seqs} such at a time",
+    )
+    table.add_row("time", f"at most about {seconds:.0f} s: every row to its limit, none cached")
+    if not options.quiet:
+        Console(file=sys.stderr).print(table, highlight=False)
+    return ExitCode.SOME_ROWS_FAILED if errors and not options.allow_errors else ExitCode.OK
+
+
+def _max_tokens(prompt: Prompt, default: int | None, room: int) -> int:
+    most = prompt.sampling.get("max_tokens", default)
+    return room if most is None else min(most, room)
+
+
+def _seconds(model: ModelConfig, num_tokens: int) -> float:
+    """The products of so many tokens at the rate this CPU multiplies now."""
+    x, weight = torch.rand(ROWS_PER_TILE, 1024), torch.rand(4096, 1024)
+    linear_reference(x, weight)
+    start = time.perf_counter()
+    for _ in range(10):
+        linear_reference(x, weight)
+    rate = 10 * 2 * x.numel() * len(weight) / (time.perf_counter() - start)
+    return 2 * model.num_parameters * num_tokens / rate

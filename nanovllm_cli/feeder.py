@@ -1,0 +1,128 @@
+"""Rows -> tokenized prompts, in the background and a bounded number ahead of the engine."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from .id_set import IdSet
+from .prompts import Prompt, PromptOptions, to_prompt
+from .rows import BadRow, Row
+from .tokenizer import PromptTokenizer, TemplateError
+
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizedPrompt:
+    """A prompt and its token ids."""
+
+    prompt: Prompt
+    token_ids: list[int]
+
+
+Fed = TokenizedPrompt | BadRow
+
+
+def to_prompts(
+    rows: Iterator[Row | BadRow], options: PromptOptions
+) -> Iterator[list[Prompt | BadRow]]:
+    """Parse rows in chunks; an id that came before makes a bad row of the later one."""
+    ids = IdSet()
+    while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+        prompts = [to_prompt(row, options) if isinstance(row, Row) else row for row in chunk]
+        known = ids.add([p.id if isinstance(p, Prompt) else None for p in prompts])
+        yield [
+            bad_row(prompt, "duplicate_id", f"id {prompt.id!r} was there before")
+            if is_known and isinstance(prompt, Prompt)
+            else prompt
+            for prompt, is_known in zip(prompts, known, strict=True)
+        ]
+
+
+def tokenize(chunk: list[Prompt | BadRow], tokenizer: PromptTokenizer) -> list[Fed]:
+    """A chunk's prompts with their token ids; bad rows stay as they are."""
+    encoded = iter(tokenizer.encode([p for p in chunk if isinstance(p, Prompt)]))
+    fed: list[Fed] = []
+    for prompt in chunk:
+        if isinstance(prompt, BadRow):
+            fed.append(prompt)
+            continue
+        token_ids = next(encoded)
+        if isinstance(token_ids, TemplateError):
+            fed.append(bad_row(prompt, "template_error", str(token_ids)))
+        else:
+            fed.append(TokenizedPrompt(prompt=prompt, token_ids=token_ids))
+    return fed
+
+
+def bad_row(prompt: Prompt, code: str, message: str) -> BadRow:
+    """The row of `prompt`, failed."""
+    return BadRow(
+        index=prompt.index,
+        source=prompt.source,
+        line=prompt.line,
+        id=prompt.id,
+        code=code,
+        message=message,
+    )
+
+
+class Feeder:
+    """Tokenizes in a thread of its own; at most `max_ahead` rows wait to be taken.
+
+    What the thread raises is raised by `get`.
+    """
+
+    def __init__(
+        self,
+        prompts: Iterator[list[Prompt | BadRow]],
+        tokenizer: PromptTokenizer,
+        max_ahead: int,
+    ) -> None:
+        chunks_ahead = max(1, max_ahead // _ROWS_AT_ONCE)
+        self._queue: queue.Queue[list[Fed] | BaseException | None] = queue.Queue(chunks_ahead)
+        self._taken: list[Fed] = []
+        self._is_done = False
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(prompts, tokenizer), name="feeder", daemon=True
+        )
+        self._thread.start()
+
+    def get(self, *, wait: bool) -> Fed | None:
+        """The next row in input order; None at the end, or, without `wait`, if none is ready."""
+        while not self._taken and not self._is_done:
+            try:
+                chunk = self._queue.get(block=wait)
+            except queue.Empty:
+                return None
+            if isinstance(chunk, BaseException):
+                raise chunk
+            self._is_done = chunk is None
+            self._taken = list(reversed(chunk or []))
+        return self._taken.pop() if self._taken else None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every row was taken."""
+        return self._is_done and not self._taken
+
+    def close(self) -> None:
+        """Stop the thread; rows not yet taken are dropped."""
+        self._is_closed.set()
+        while self._thread.is_alive():
+            while not self._queue.empty():
+                self._queue.get_nowait()
+            self._thread.join(0.01)
+
+    def _run(self, prompts: Iterator[list[Prompt | BadRow]], tokenizer: PromptTokenizer) -> None:
+        try:
+            for chunk in prompts:
+                self._queue.put(tokenize(chunk, tokenizer))
+                if self._is_closed.is_set():
+                    return
+            self._queue.put(None)
+        except BaseException as error:
+            self._queue.put(error)

@@ -1,0 +1,59 @@
+"""GenerateOptions: everything `nanovllm generate` can be told, with every default."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm_cli.core.config import EngineConfig
+from nanovllm_cli.core.errors import UserError
+from nanovllm_cli.core.sampling_params import SamplingParams
+
+from .prompts import MAX_SAMPLES, PromptOptions
+
+DEFAULT_MODEL = "Qwen3-0.6B"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """One job. What the engine and the prompts can be told is in their own options."""
+
+    inputs: list[str]
+    output: str = "-"
+    format: str = "auto"  # "openai": every row in OpenAI's shape; "auto": OpenAI's lines only
+    errors: str | None = None  # None: beside the output
+    model: str = DEFAULT_MODEL
+    revision: str | None = None
+    tokenizer: str | None = None  # None: the model's
+    offline: bool = False
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    sampling: dict[str, Any] = field(default_factory=dict)  # over the model's defaults
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    parse_special: bool = False
+    unordered: bool = False
+    overwrite: bool = False
+    allow_errors: bool = False
+    limit: int | None = None
+    max_inflight: int | None = None  # rows; None: four for each that can run at a time
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, is_good, limit in (
+            ("format", self.format, self.format in ("auto", "openai"), "auto or openai"),
+            ("n", self.n, 1 <= self.n <= MAX_SAMPLES, f"1 to {MAX_SAMPLES}"),
+            ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
+            ("limit", self.limit, (self.limit or 1) >= 1, "at least 1"),
+            ("max-inflight", self.max_inflight, (self.max_inflight or 1) >= 1, "at least 1"),
+        ):
+            if not is_good:
+                raise UserError(f"--{name} is {value}; it must be {limit}")
+        try:
+            SamplingParams(**self.sampling)
+        except ValueError as error:
+            raise UserError(f"--{error}".replace("_", "-")) from None
+
+    @property
+    def rows_in_flight(self) -> int:
+        """Rows that may be tokenized and not yet written."""
+        return self.max_inflight or 4 * self.engine.max_num_seqs

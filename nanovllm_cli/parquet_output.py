@@ -1,0 +1,132 @@
+"""Finished rows -> a Parquet file. Columns that came from Parquet keep their exact types."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .results import RESULT_COLUMNS
+from .rows import Source
+
+_ROWS_AT_ONCE = 1024
+_SAMPLE = pa.struct(
+    {"completion": pa.string(), "reasoning": pa.string(), "finish_reason": pa.string()}
+)
+_RESULT_TYPES = {
+    "completion": pa.string(),
+    "reasoning": pa.string(),
+    "finish_reason": pa.string(),
+    "completions": pa.list_(_SAMPLE),
+    "usage": pa.struct({"prompt_tokens": pa.int64(), "completion_tokens": pa.int64()}),
+}
+Lines = Callable[[], Iterator[tuple[int, bytes]]]
+
+
+def write_parquet(path: Path, lines: Lines, sources: list[Source]) -> None:
+    """Write the rows of `lines`, (row index, JSON line) in input order; read twice."""
+    inputs = _InputColumns(sources)
+    schema = _schema(lines, inputs.schema)
+    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+        for chunk in _chunks(lines):
+            rows = [orjson.loads(line) for _, line in chunk]
+            known = inputs.take([index for index, _ in chunk]) if inputs.schema else None
+            columns = [
+                known.column(field.name)
+                if known is not None and field.name in known.column_names
+                else _array([row.get(field.name) for row in rows], field.type)
+                for field in schema
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+class _InputColumns:
+    """The columns of Parquet inputs, read again row by row index; schema None for other inputs."""
+
+    def __init__(self, sources: list[Source]) -> None:
+        self._files = [source.path for source in sources if source.path is not None]
+        self.schema: pa.Schema | None = None
+        if len(self._files) == len(sources):
+            schemas = [_parquet_schema(file) for file in self._files]
+            if schemas[0] is not None and all(schema == schemas[0] for schema in schemas):
+                kept = [field for field in schemas[0] if field.name not in RESULT_COLUMNS]
+                self.schema = pa.schema(kept)
+        self._batches = self._read()
+        self._first = 0
+        self._batch: Any = None
+
+    def take(self, indices: list[int]) -> pa.Table:
+        """The rows at these ascending indices; never asked for an earlier one again."""
+        parts = []
+        remaining = iter(indices)
+        index = next(remaining, None)
+        while index is not None:
+            while self._batch is None or index >= self._first + len(self._batch):
+                self._first += 0 if self._batch is None else len(self._batch)
+                self._batch = next(self._batches)
+            picked = []
+            while index is not None and index < self._first + len(self._batch):
+                picked.append(index - self._first)
+                index = next(remaining, None)
+            parts.append(self._batch.take(pa.array(picked)))
+        return pa.Table.from_batches(parts, self.schema).combine_chunks().to_batches()[0]
+
+    def _read(self) -> Iterator[Any]:
+        assert self.schema is not None, "only asked for where all inputs are Parquet"
+        for file in self._files:
+            with pq.ParquetFile(file) as opened:
+                yield from opened.iter_batches(_ROWS_AT_ONCE, columns=self.schema.names)
+
+
+def _parquet_schema(file: Path) -> pa.Schema | None:
+    with open(file, "rb") as opened:
+        return pq.read_schema(file).remove_metadata() if opened.read(4) == b"PAR1" else None
+
+
+def _schema(lines: Lines, inputs: pa.Schema | None) -> pa.Schema:
+    """The columns over all rows, in the order they first come, the results last."""
+    types: dict[str, pa.DataType] = {} if inputs is None else {f.name: f.type for f in inputs}
+    for chunk in _chunks(lines):
+        rows = [orjson.loads(line) for _, line in chunk]
+        for name in dict.fromkeys(key for row in rows for key in row):
+            if name in _RESULT_TYPES:
+                types.setdefault(name, _RESULT_TYPES[name])
+            elif inputs is None:
+                found = _type_of([row.get(name) for row in rows])
+                types[name] = _unify(types[name], found) if name in types else found
+    results = [name for name in RESULT_COLUMNS if name in types]
+    names = [name for name in types if name not in results] + results
+    return pa.schema([(name, types[name]) for name in names])
+
+
+def _type_of(values: list[Any]) -> pa.DataType:
+    try:
+        return pa.array(values).type
+    except pa.ArrowException:
+        return pa.string()  # mixed: as JSON text
+
+
+def _unify(a: pa.DataType, b: pa.DataType) -> pa.DataType:
+    schemas = [pa.schema([("", kind)]) for kind in (a, b)]
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        return pa.string()
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_string(kind):
+        values = [
+            value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
+            for value in values
+        ]
+    return pa.array(values, kind)
+
+
+def _chunks(lines: Lines) -> Iterator[list[tuple[int, bytes]]]:
+    iterator = lines()
+    while chunk := list(islice(iterator, _ROWS_AT_ONCE)):
+        yield chunk

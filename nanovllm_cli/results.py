@@ -1,0 +1,109 @@
+"""A row and its samples -> the line that is written: our own shape, or OpenAI's batch output.
+
+Ids come from the row's content and no line holds a time, so that two runs can be byte-identical.
+For the same reason the cached tokens are in the statistics and not in the rows: what was in the
+cache depends on what ran before.
+"""
+
+import base64
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal
+
+import orjson
+import xxhash
+
+from nanovllm_cli.core.request import FinishReason
+
+from .prompts import Prompt
+from .rows import BadRow
+
+Shape = Literal["columns", "openai"]
+RESULT_COLUMNS = ("completion", "completions", "reasoning", "finish_reason", "usage")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One completion of a row, as text."""
+
+    text: str
+    reasoning: str | None
+    finish_reason: FinishReason
+    num_tokens: int
+
+
+def result_line(
+    prompt: Prompt, samples: list[Sample], num_prompt_tokens: int, *, shape: Shape, model: str
+) -> bytes:
+    """The output row as one line of JSON, without its newline."""
+    num_completion_tokens = sum(sample.num_tokens for sample in samples)
+    usage = {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_completion_tokens}
+    if shape == "openai":
+        usage["total_tokens"] = num_prompt_tokens + num_completion_tokens
+        return orjson.dumps(_openai_result(prompt, samples, usage, model))
+    shown = [
+        {"completion": s.text, "reasoning": s.reasoning, "finish_reason": s.finish_reason}
+        for s in samples
+    ]
+    result = {**(shown[0] if len(shown) == 1 else {"completions": shown}), "usage": usage}
+    return _join(prompt, result)
+
+
+def error_line(row: BadRow) -> bytes:
+    """A failed row as one line of JSON for the errors file."""
+    name = {} if row.id is None else {"id": row.id}
+    error = {"code": row.code, "message": row.message}
+    return orjson.dumps({**name, "source": row.source, "line": row.line, "error": error})
+
+
+def _join(prompt: Prompt, result: dict[str, Any]) -> bytes:
+    """The row's columns as they stand, then the result's; a column of a result's name gives way."""
+    row = prompt.row
+    fields = orjson.dumps(result)
+    if row.raw is None or any(name in row.columns for name in RESULT_COLUMNS):
+        columns = {k: v for k, v in row.columns.items() if k not in RESULT_COLUMNS}
+        return orjson.dumps({**columns, **result}, default=_to_json)
+    # Not parsed and written again: numbers and escapes stay as they were given.
+    return row.raw.rstrip()[:-1].rstrip() + b"," + fields[1:]
+
+
+def _to_json(value: object) -> object:
+    """What Parquet has and JSON has not."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Decimal):
+        return str(value)
+    return repr(value)
+
+
+def _openai_result(
+    prompt: Prompt, samples: list[Sample], usage: dict[str, int], model: str
+) -> dict[str, Any]:
+    content = prompt.row.raw if prompt.row.raw is not None else repr(prompt.row.columns).encode()
+    key = xxhash.xxh3_128_hexdigest(content)
+    is_chat = prompt.endpoint != "completions"
+    choices: list[dict[str, Any]] = []
+    for index, sample in enumerate(samples):
+        choice: dict[str, Any] = {"index": index, "finish_reason": sample.finish_reason}
+        if is_chat:
+            message = {"role": "assistant", "content": sample.text, "refusal": None}
+            if sample.reasoning is not None:
+                message["reasoning_content"] = sample.reasoning
+            choice["message"] = message
+        else:
+            choice["text"] = sample.text
+        choices.append({**choice, "logprobs": None})
+    body = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{key}",
+        "object": "chat.completion" if is_chat else "text_completion",
+        "created": 0,
+        "model": prompt.model or model,
+        "choices": choices,
+        "usage": usage,
+    }
+    return {
+        "id": f"batch_req_{key}",
+        "custom_id": prompt.id if prompt.id is not None else str(prompt.index),
+        "response": {"status_code": 200, "request_id": f"req_{key}", "body": body},
+        "error": None,
+    }

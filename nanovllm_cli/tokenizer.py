@@ -1,0 +1,174 @@
+"""Prompt -> token ids, and token ids -> text.
+
+Text in a row can never become a control token. Content goes through a second tokenizer that knows
+no added tokens at all, so that `<|im_end|>` in a row is ten plain characters. In a chat the
+template's own control tokens must count and the content's must not: before rendering, every
+control token in the content is put between two marks that occur nowhere in it, and after rendering
+only an unmarked one is a token. (transformers 5.23 marks in the same way, but encodes between the
+marks piece by piece; here text keeps its tokenization wherever it stands.)
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from nanovllm_cli.core.errors import ModelError
+
+from .prompts import Prompt
+
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # for internal use, says Unicode
+
+
+class TemplateError(ValueError):
+    """The chat template refused a row's messages."""
+
+
+class PromptTokenizer:
+    """The tokenizer and the chat template of the checkpoint in `path`; raises ModelError."""
+
+    def __init__(self, path: Path, *, parse_special: bool = False) -> None:
+        file = path / "tokenizer.json"
+        if not file.exists():
+            raise ModelError(f"{path} holds no tokenizer.json", "Is the checkpoint whole?")
+        content = json.loads(file.read_bytes())
+        for token in content["added_tokens"]:
+            if token["lstrip"] or token["rstrip"] or token["normalized"] or token["single_word"]:
+                raise ModelError(f"{file}: {token['content']!r} takes its neighbours with it")
+        self._full = Tokenizer.from_file(str(file))
+        self._added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        self._plain = Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+        self._hugging_face: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self._parse_special = parse_special
+        longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
+        self._control = re.compile("|".join(longest_first) or "(?!)")
+        self._think, self._end_think = self._added.get("<think>"), self._added.get("</think>")
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int] | TemplateError]:
+        """The token ids of each prompt, or why its chat cannot be rendered."""
+        pieces = [self._pieces(prompt) for prompt in prompts]
+        texts = [
+            part
+            for parts in pieces
+            if isinstance(parts, list)
+            for part in parts
+            if isinstance(part, str)
+        ]
+        encoded = iter(self._plain.encode_batch_fast(texts, add_special_tokens=False))
+        results: list[list[int] | TemplateError] = []
+        for parts in pieces:
+            if isinstance(parts, TemplateError):
+                results.append(parts)
+                continue
+            ids: list[int] = []
+            for part in parts:
+                if isinstance(part, int):
+                    ids.append(part)
+                else:
+                    ids += next(encoded).ids
+            results.append(ids)
+        return results
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text, without the special tokens."""
+        return self._full.decode(token_ids, skip_special_tokens=True)
+
+    def decode_completion(
+        self,
+        prompt_token_ids: Sequence[int],
+        token_ids: Sequence[int],
+        cut: Callable[[str], str] | None = None,
+    ) -> tuple[str, str | None]:
+        """The completion's text, and the reasoning where the model thought before it answered.
+
+        `cut` shortens a text that holds a stop string.
+        """
+
+        def text_of(ids: Sequence[int]) -> str:
+            return self.decode(ids) if cut is None else cut(self.decode(ids))
+
+        template_end = prompt_token_ids[-4:]  # where some templates open, or close, a thought
+        if self._end_think is not None and self._end_think in token_ids:
+            end = token_ids.index(self._end_think)
+            reasoning, answer = token_ids[:end], token_ids[end + 1 :]
+        elif self._think in token_ids[:1] or (
+            self._think in template_end and self._end_think not in template_end
+        ):
+            reasoning, answer = token_ids, []  # it ended while it thought
+        else:
+            return text_of(token_ids), None
+        if reasoning and reasoning[0] == self._think:
+            reasoning = reasoning[1:]
+        return text_of(answer).strip("\n"), text_of(reasoning).strip("\n")
+
+    def _pieces(self, prompt: Prompt) -> list[str | int] | TemplateError:
+        """Control tokens as their ids, and the text between them."""
+        if prompt.token_ids is not None:
+            return list(prompt.token_ids)
+        if prompt.text is not None:
+            if self._parse_special:
+                return self._split(prompt.text, re.compile(f"({self._control.pattern})"))
+            return [prompt.text]
+        try:
+            return self._render(prompt)
+        except Exception as error:  # whatever a template raises is this row's error alone
+            return TemplateError(f"the chat template failed: {error}")
+
+    def _render(self, prompt: Prompt) -> list[str | int]:
+        strings = "\0".join(_strings_in(prompt.messages))
+        start, end, *_ = (char for char in _NONCHARACTERS if char not in strings)
+        arguments = {}
+        if prompt.enable_thinking is not None:
+            arguments["enable_thinking"] = prompt.enable_thinking
+        text = self._hugging_face.apply_chat_template(
+            _mark(prompt.messages, self._control, f"{start}\\g<0>{end}"),
+            tokenize=False,
+            add_generation_prompt=True,
+            **arguments,
+        )
+        marked = f"{start}(?:{self._control.pattern}){end}"
+        pieces = self._split(text, re.compile(f"{marked}|({self._control.pattern})"))
+        return [
+            piece.replace(start, "").replace(end, "") if isinstance(piece, str) else piece
+            for piece in pieces
+        ]
+
+    def _split(self, text: str, pattern: re.Pattern[str]) -> list[str | int]:
+        """Split at what `pattern` catches in its group: there a control token is meant."""
+        pieces: list[str | int] = []
+        position = 0
+        for match in pattern.finditer(text):
+            if match.group(1) is None:
+                continue
+            if match.start() > position:
+                pieces.append(text[position : match.start()])
+            pieces.append(self._added[match.group(1)])
+            position = match.end()
+        if position < len(text):
+            pieces.append(text[position:])
+        return pieces
+
+
+def _strings_in(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings_in(item)
+
+
+def _mark(value: Any, control: re.Pattern[str], replacement: str) -> Any:
+    if isinstance(value, str):
+        return control.sub(replacement, value)
+    if isinstance(value, dict):
+        return {key: _mark(item, control, replacement) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mark(item, control, replacement) for item in value]
+    return value

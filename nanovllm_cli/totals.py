@@ -1,0 +1,89 @@
+"""Totals: what a job has counted so far, for progress, the closing table and the stats file."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm_cli.core.stats import EngineStats
+
+
+@dataclass(slots=True)
+class Totals:
+    """Rows and seconds of the job; the tokens are the engine's to count."""
+
+    num_expected_rows: int | None = None  # None: the input cannot be counted ahead
+    num_completed_rows: int = 0
+    errors: Counter[str] = field(default_factory=Counter)  # failed rows by code
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    engine: EngineStats = field(default_factory=EngineStats)
+    phases: dict[str, float] = field(default_factory=dict)  # seconds
+    started: float = field(default_factory=time.perf_counter)
+    _open_phases: dict[str, float] = field(default_factory=dict)  # when each began
+
+    @property
+    def num_failed_rows(self) -> int:
+        return self.errors.total()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are done, well or not."""
+        return self.num_completed_rows + self.num_failed_rows
+
+    @property
+    def elapsed_seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds of a part of the job."""
+        self._open_phases[name] = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] = time.perf_counter() - self._open_phases.pop(name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the stats file and for `--json`."""
+        engine = self.engine
+        now = time.perf_counter()
+        seconds = self.phases.get("generate", now - self._open_phases.get("generate", now))
+
+        def rate(count: int) -> float:
+            return round(count / seconds, 1) if seconds else 0.0
+
+        def share(part: int, whole: int) -> float:
+            return round(part / whole, 4) if whole else 0.0
+
+        return {
+            "rows": {
+                "done": self.num_rows,
+                "completed": self.num_completed_rows,
+                "failed": self.num_failed_rows,
+                "failed_by_code": dict(self.errors),
+                "finish_reasons": dict(self.finish_reasons),
+            },
+            "tokens": {
+                "prompt": engine.num_prompt_tokens,
+                "cached": engine.num_cached_tokens,
+                "completion": engine.num_completion_tokens,
+                "prefix_hit_rate": share(engine.num_cached_tokens, engine.num_prompt_tokens),
+            },
+            "throughput": {
+                "rows_per_second": rate(self.num_completed_rows),
+                "prompt_tokens_per_second": rate(engine.num_prompt_tokens),
+                "completion_tokens_per_second": rate(engine.num_completion_tokens),
+            },
+            "engine": {
+                "prefill_launches": engine.num_prefill_launches,
+                "decode_steps": engine.num_decode_steps,
+                "mean_batch": round(engine.num_decode_slots / max(engine.num_decode_steps, 1), 2),
+                "preemptions": engine.num_preemptions,
+                "prefill_seconds": round(engine.prefill_seconds, 3),
+                "decode_seconds": round(engine.decode_seconds, 3),
+            },
+            "phases_seconds": {name: round(value, 3) for name, value in self.phases.items()},
+            "elapsed_seconds": round(self.elapsed_seconds, 3),
+        }
