@@ -21,6 +21,7 @@ class QueryTiles:
     """Up to `tile_size` neighbouring tokens of one sequence, attended to together.
 
     A prefill gathers a block of K and V once for a tile. `tile_size` depends on the model alone.
+    The longest come first, so that the tiles with a block number n are the first ones.
     """
 
     token_indices: Tensor  # int64 [num_tiles, tile_size]: rows of q, 0 in a tile's padding
@@ -47,11 +48,13 @@ class QueryTiles:
         is_token = offsets < query_lens[sequences, None]
         first_tokens = (np.cumsum(query_lens) - query_lens)[sequences, None]
         positions = np.where(is_token, start_positions[sequences, None] + offsets, -1)
+        num_blocks = positions.max(axis=1) // block_size + 1
+        order = np.argsort(-num_blocks, kind="stable")
         return cls(
-            token_indices=torch.from_numpy(np.where(is_token, first_tokens + offsets, 0)),
-            positions=torch.from_numpy(positions),
-            sequence_indices=torch.from_numpy(sequences),
-            num_blocks=positions.max(axis=1) // block_size + 1,
+            token_indices=torch.from_numpy(np.where(is_token, first_tokens + offsets, 0)[order]),
+            positions=torch.from_numpy(positions[order]),
+            sequence_indices=torch.from_numpy(sequences[order]),
+            num_blocks=num_blocks[order],
         )
 
 
@@ -101,24 +104,23 @@ def _attend(
     best = torch.full((num_tiles, num_kv_heads, rows, 1), -1e30)
     total = torch.zeros_like(best)
     out = torch.zeros_like(q)
-    for block in range(int(num_blocks.max())):
-        active = torch.from_numpy(np.flatnonzero(num_blocks > block))
-        block_ids = block_tables[active, block]
+    for block in range(int(num_blocks[0])):
+        n = int(np.count_nonzero(num_blocks > block))  # the first n tiles have such a block
+        block_ids = block_tables[:n, block]
         offsets = torch.arange(block * block_size, (block + 1) * block_size)
         k = k_cache[block_ids].float().flatten(0, 1)
         v = v_cache[block_ids].float()
         # What an earlier holder left behind the last position may be anything, NaN included.
-        v.masked_fill_((offsets > last_positions[active, None])[:, None, :, None], 0.0)
-        scores = torch.bmm(q[active].flatten(0, 1), k.transpose(1, 2))
-        scores = scores.view(len(active), num_kv_heads, rows, block_size)
-        scores.masked_fill_(offsets > row_positions[active], -torch.inf)
-        old_best = best[active]
-        new_best = torch.maximum(old_best, scores.amax(dim=-1, keepdim=True))
-        scores = torch.exp(scores - new_best)
-        decay = torch.exp(old_best - new_best)
-        best[active] = new_best
-        total[active] = total[active] * decay + scores.sum(dim=-1, keepdim=True)
+        v.masked_fill_((offsets > last_positions[:n, None])[:, None, :, None], 0.0)
+        scores = torch.bmm(q[:n].flatten(0, 1), k.transpose(1, 2))
+        scores = scores.view(n, num_kv_heads, rows, block_size)
+        scores.masked_fill_(offsets > row_positions[:n], -torch.inf)
+        new_best = torch.maximum(best[:n], scores.amax(dim=-1, keepdim=True))
+        scores.sub_(new_best).exp_()
+        decay = torch.exp(best[:n] - new_best)
+        best[:n] = new_best
+        total[:n].mul_(decay).add_(scores.sum(dim=-1, keepdim=True))
         product = torch.bmm(scores.flatten(0, 1), v.flatten(0, 1))
-        out[active] = out[active] * decay + product.view(len(active), num_kv_heads, rows, head_dim)
+        out[:n].mul_(decay).add_(product.view(n, num_kv_heads, rows, head_dim))
     out = (out / total).view(num_tiles, num_kv_heads, tile_size, group_size, head_dim)
     return out.transpose(1, 2).reshape(num_tiles, tile_size, num_heads, head_dim)
