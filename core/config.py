@@ -51,6 +51,12 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     @property
+    def max_context(self) -> int:
+        """The longest sequence. YaRN is added to Qwen3 without a new max_position_embeddings."""
+        stretched = int(self.rope.factor * self.rope.original_max_position_embeddings)
+        return max(self.max_position_embeddings, stretched)
+
+    @property
     def num_parameters(self) -> int:
         """Weights in all, the tied embedding counted once."""
         attention = (self.num_attention_heads + self.num_key_value_heads) * 2 * self.head_dim
@@ -114,6 +120,8 @@ class ModelConfig:
 def _rope_config(config: dict[str, Any], need: Any) -> RopeConfig:
     """transformers 5 keeps rope in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
     if "rope_parameters" in config:
+        if not isinstance(config["rope_parameters"], dict):
+            raise ModelError(f"config.json has rope_parameters {config['rope_parameters']!r}")
         rope = dict(config["rope_parameters"])
     else:
         rope = dict(config.get("rope_scaling") or {}, rope_theta=need("rope_theta"))

@@ -146,7 +146,7 @@ def build_model(model_config: ModelConfig, config: EngineConfig) -> Qwen3:
 
 def resolve_max_model_len(model_config: ModelConfig, config: EngineConfig) -> int:
     """The longest sequence, prompt and completion; never more than the model was made for."""
-    longest = model_config.max_position_embeddings
+    longest = model_config.max_context
     if config.max_model_len is None:
         return longest
     if config.max_model_len > longest:
