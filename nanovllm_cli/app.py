@@ -4,6 +4,7 @@ Commands import what they run inside their bodies: torch and transformers take s
 and `--help` must answer at once.
 """
 
+import difflib
 import os
 import signal
 import sys
@@ -283,18 +284,31 @@ def main() -> NoReturn:
         exit_code = app(standalone_mode=False)
     except UserError as error:  # of --config, before a command runs
         exit_code = _report(error.message, error.hint, _exit_code_of(error))
+    except OSError as error:  # of --help: what a job raises ends in _run_job
+        exit_code = _report(f"cannot write standard output: {error}", None, ExitCode.IO_ERROR)
     except Exception as error:
         # Typer's usage errors have a base class that differs between its versions.
         if not hasattr(error, "format_message"):
             raise
         hint = "nanovllm --help lists the commands, nanovllm generate --help the flags."
+        message = error.format_message()
+        if possibilities := getattr(error, "possibilities", None):
+            name = str(getattr(error, "option_name", ""))
+            message = f"no such option: {name}"
+            near = difflib.get_close_matches(name, possibilities, n=1)
+            hint = f"Did you mean {near[0]}?" if near else hint
         exit_code = ExitCode.USAGE
-        if message := error.format_message():  # empty where the help was shown instead
+        if message:  # empty where the help was shown instead
             exit_code = _report(message, hint, ExitCode.USAGE)
-    try:
-        sys.stderr.flush()
-    except OSError:  # full: Python would try again when it ends, and make the exit code 120
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    # What a full disk did not take, Python would try again at its end, and make it exit code 120.
+    for name in ("stdout", "stderr"):
+        try:
+            if getattr(sys, name) is not None:
+                getattr(sys, name).flush()
+        except OSError:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            if name == "stdout":
+                exit_code = exit_code or ExitCode.IO_ERROR
     sys.exit(exit_code)
 
 

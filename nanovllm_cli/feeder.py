@@ -1,6 +1,8 @@
 """Rows -> tokenized prompts, in the background and a bounded number ahead of the engine."""
 
+import io
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -122,6 +124,8 @@ class Feeder:
             while not self._queue.empty():
                 self._queue.get_nowait()
             self._thread.join(0.01)
+        if self._thread.is_alive() and isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.detach()  # or Python, at its end, aborts over the lock that the thread holds
 
     def _run(self, prompts: Iterator[list[Prompt | BadRow]], tokenizer: PromptTokenizer) -> None:
         try:

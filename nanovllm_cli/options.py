@@ -44,8 +44,13 @@ class GenerateOptions:
             ("n", self.n, 1 <= self.n <= MAX_SAMPLES, f"1 to {MAX_SAMPLES}"),
             ("stop", list(self.stop), all(self.stop), "texts that are not empty"),
             ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
-            ("limit", self.limit, (self.limit or 1) >= 1, "at least 1"),
-            ("max-inflight", self.max_inflight, (self.max_inflight or 1) >= 1, "at least 1"),
+            ("limit", self.limit, self.limit is None or self.limit >= 1, "at least 1"),
+            (
+                "max-inflight",
+                self.max_inflight,
+                self.max_inflight is None or self.max_inflight >= 1,
+                "at least 1",
+            ),
         ):
             if not is_good:
                 raise UserError(f"--{name} is {value}; it must be {limit}")

@@ -37,17 +37,20 @@ class PromptTokenizer:
             raise ModelError(f"{path} holds no tokenizer.json", "Is the checkpoint whole?")
         try:
             content = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise ModelError(f"{file} is not JSON: {error}") from None
-        for token in content["added_tokens"]:
+            added_tokens = content["added_tokens"]
+            # Reads config.json too, to know the tokenizer's class.
+            self._hugging_face: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            message = f"the tokenizer in {path} cannot be loaded: {type(error).__name__}: {error}"
+            raise ModelError(message, "Is the checkpoint whole?") from None
+        for token in added_tokens:
             if token["lstrip"] or token["rstrip"] or token["normalized"] or token["single_word"]:
                 raise ModelError(f"{file}: {token['content']!r} takes its neighbours with it")
         self._full = Tokenizer.from_file(str(file))
-        self._added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        self._added = {token["content"]: token["id"] for token in added_tokens}
         self._plain = Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
         self._plain.no_truncation()  # a file may ask for either, and transformers ignores it too
         self._plain.no_padding()
-        self._hugging_face: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
         # Whether the template takes an assistant's thought apart from its answer, as Qwen3's does.
         self._knows_reasoning = "reasoning_content" in str(self._hugging_face.chat_template)
         self._parse_special = parse_special
