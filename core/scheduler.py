@@ -14,6 +14,7 @@ always runs between a preemption and the next admission, and the engine always a
 """
 
 from collections import deque
+from collections.abc import Sequence as Seq
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from nanovllm_cli.core.request import (
     NewTokens,
     Output,
     Request,
+    TokenIds,
 )
 from nanovllm_cli.core.sampling_params import MAX_STOP_TOKEN_IDS
 from nanovllm_cli.core.sequence import Sequence, SequenceStatus
@@ -101,13 +103,11 @@ class Scheduler:
                 f"the prompt has {length} tokens; at most {self._max_model_len - 1} leave room "
                 "for one more",
             )
-        ids = np.asarray(request.prompt_token_ids)
-        if ids.min() < 0 or ids.max() >= self._vocab_size:
-            wrong = int(ids[(ids < 0) | (ids >= self._vocab_size)][0])
-            return failure(
-                "bad_token_ids",
-                f"token id {wrong} is outside the vocabulary of {self._vocab_size}",
-            )
+        limit = f"is outside the vocabulary of {self._vocab_size}"
+        if (wrong := self._unknown_token(request.prompt_token_ids)) is not None:
+            return failure("bad_token_ids", f"token id {wrong} {limit}")
+        if (wrong := self._unknown_token(stop_token_ids)) is not None:
+            return failure("bad_parameters", f"stop token id {wrong} {limit}")
         if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
             return failure(
                 "bad_parameters",
@@ -121,6 +121,11 @@ class Scheduler:
         self._by_id[request.request_id] = sequence
         self._waiting.append(sequence)
         return None
+
+    def _unknown_token(self, token_ids: Seq[int] | TokenIds) -> int | None:
+        ids = np.asarray(token_ids, dtype=np.int64)
+        unknown = ids[(ids < 0) | (ids >= self._vocab_size)]
+        return int(unknown[0]) if len(unknown) else None
 
     def abort(self, request_id: int) -> None:
         """Drop a request without a Completion; unknown and finished ones are no error."""
@@ -147,11 +152,12 @@ class Scheduler:
             sequence.num_in_flight_tokens -= num_planned[i]
             if result.is_nan[i]:
                 self._finish(sequence)
+                length = sequence.num_tokens + int(result.num_tokens[i]) - 1
                 outputs.append(
                     Failure(
                         request_id=sequence.request.request_id,
                         code="nan_logits",
-                        message=f"the logits after {sequence.num_tokens} tokens are not finite",
+                        message=f"the logits after {length} tokens are not finite",
                     )
                 )
                 continue

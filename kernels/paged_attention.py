@@ -21,6 +21,8 @@ class QueryTiles:
     """Up to `tile_size` neighbouring tokens of one sequence, attended to together.
 
     A prefill gathers a block of K and V once for a tile. `tile_size` depends on the model alone.
+    Tiles begin at its multiples and so lie in one block each: a token that is not finite can reach
+    no block before its own.
     The longest come first, so that the tiles with a block number n are the first ones.
     """
 
@@ -40,14 +42,16 @@ class QueryTiles:
     ) -> "QueryTiles":
         """Tiles of packed sequences: query_lens, start_positions int32 [num_sequences]."""
         tile_size = max(1, 8 // group_size)
-        num_tiles = -(-query_lens // tile_size)
+        first_tiles = start_positions // tile_size
+        num_tiles = (start_positions + query_lens - 1) // tile_size - first_tiles + 1
         sequences = np.repeat(np.arange(len(query_lens)), num_tiles)
-        first_tiles = np.cumsum(num_tiles) - num_tiles
-        offsets = (np.arange(len(sequences)) - first_tiles[sequences]) * tile_size
-        offsets = offsets[:, None] + np.arange(tile_size)
-        is_token = offsets < query_lens[sequences, None]
+        tiles_before = (np.cumsum(num_tiles) - num_tiles - first_tiles)[sequences]
+        positions = (np.arange(len(sequences)) - tiles_before)[:, None] * tile_size
+        positions = positions + np.arange(tile_size)
+        offsets = positions - start_positions[sequences, None]
+        is_token = (offsets >= 0) & (offsets < query_lens[sequences, None])
         first_tokens = (np.cumsum(query_lens) - query_lens)[sequences, None]
-        positions = np.where(is_token, start_positions[sequences, None] + offsets, -1)
+        positions = np.where(is_token, positions, -1)
         num_blocks = positions.max(axis=1) // block_size + 1
         order = np.argsort(-num_blocks, kind="stable")
         return cls(

@@ -38,8 +38,8 @@ def sample_reference(
         scaled = logits[drawn].float() / temperature[drawn].unsqueeze(1)
         kept_ids, kept = _filter(scaled, top_k[drawn], top_p[drawn], min_p[drawn])
         noisy = kept + gumbel_noise_reference(kept_ids, seed[drawn], position[drawn])
-        choice = noisy.argmax(dim=-1, keepdim=True)
-        token_ids[drawn] = kept_ids.gather(1, choice).squeeze(1)
+        is_best = noisy == noisy.amax(dim=-1, keepdim=True)
+        token_ids[drawn] = kept_ids.masked_fill(~is_best, logits.shape[1]).amin(dim=-1)
     return token_ids
 
 

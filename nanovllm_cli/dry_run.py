@@ -1,16 +1,14 @@
 """`--dry-run`: read and tokenize everything, say what the job would need, and generate nothing."""
 
 import sys
-import time
 from collections import Counter
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.engine import resolve_max_model_len
-from nanovllm_cli.kernels.linear import ROWS_PER_TILE, linear_reference
+from nanovllm_cli.core.matmul_rate import cpu_matmul_rate
 
 from .exit_code import ExitCode
 from .feeder import to_prompts, tokenize
@@ -51,7 +49,8 @@ def dry_run(options: GenerateOptions) -> ExitCode:
             longest = max(longest, length + most)
 
     kv_bytes = model.kv_bytes_per_token(4)
-    seconds = _seconds(model, num_prompt_tokens + num_completion_tokens)
+    num_tokens = num_prompt_tokens + num_completion_tokens
+    seconds = 2 * model.num_parameters * num_tokens / cpu_matmul_rate()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     failed = "".join(f", {count} {code}" for code, count in errors.items())
     table.add_row("rows", f"{num_rows} good, {errors.total()} bad{failed}")
@@ -72,14 +71,3 @@ def dry_run(options: GenerateOptions) -> ExitCode:
 def _max_tokens(prompt: Prompt, default: int | None, room: int) -> int:
     most = prompt.sampling.get("max_tokens", default)
     return room if most is None else min(most, room)
-
-
-def _seconds(model: ModelConfig, num_tokens: int) -> float:
-    """The products of so many tokens at the rate this CPU multiplies now."""
-    x, weight = torch.rand(ROWS_PER_TILE, 1024), torch.rand(4096, 1024)
-    linear_reference(x, weight)
-    start = time.perf_counter()
-    for _ in range(10):
-        linear_reference(x, weight)
-    rate = 10 * 2 * x.numel() * len(weight) / (time.perf_counter() - start)
-    return 2 * model.num_parameters * num_tokens / rate
