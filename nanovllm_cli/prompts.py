@@ -93,11 +93,11 @@ _FOREIGN_SETTINGS: dict[str, str | None] = {
         "stream_options", "chat_template", "add_generation_prompt",
     ]),
     "max_new_tokens": "max_tokens", "max_completion_tokens": "max_tokens",
-    "max_length": "max_tokens", "min_new_tokens": "min_tokens", "min_length": "min_tokens",
-    "stop_strings": "stop", "stop_sequences": "stop", "stop_token": "stop_token_ids",
-    "stop_token_id": "stop_token_ids", "eos_token_id": "stop_token_ids", "n_samples": "n",
-    "num_return_sequences": "n", "do_sample": "temperature",
-    "enable_thinking": "chat_template_kwargs",
+    "max_output_tokens": "max_tokens", "max_length": "max_tokens", "min_new_tokens": "min_tokens",
+    "min_length": "min_tokens", "stop_strings": "stop", "stop_sequence": "stop",
+    "stop_sequences": "stop", "stop_token": "stop_token_ids", "stop_token_id": "stop_token_ids",
+    "eos_token_id": "stop_token_ids", "n_samples": "n", "num_return_sequences": "n",
+    "do_sample": "temperature", "enable_thinking": "chat_template_kwargs",
 }  # fmt: skip
 _MAX_SETTING_CHARS = 32  # longer names are data
 # For misspellings. Short words are left out: `speed` and `steps` are data, not `seed` and `stop`.
@@ -208,7 +208,7 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
     endpoint: Endpoint | None = None
     model: str | None = None
     try:
-        if _is_openai(columns):
+        if "custom_id" in columns and _is_openai(columns):
             row_id = _text("custom_id", columns["custom_id"], "bad_openai_line")
             endpoint, body = _openai_request(columns)
             if "model" in body:
@@ -333,8 +333,8 @@ def _message(value: Any, place: str) -> dict[str, Any]:
             raise _Refused("bad_messages", f"{place} has the unknown field {_shown(name)}")
     role = message.get("role")
     if role not in _ROLES:
-        choices = ", ".join(_ROLES)
-        raise _Refused("bad_messages", f"{place}.role is {_shown(role)}; it must be of {choices}")
+        reason = f"{place}.role is {_shown(role)}; it must be one of {', '.join(_ROLES)}"
+        raise _Refused("bad_messages", reason)
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise _Refused("bad_messages", f"{place}.tool_calls is not a list of objects")
@@ -371,9 +371,8 @@ def _checked_token_ids(name: str, value: Any) -> list[int]:
 
 
 def _is_openai(columns: dict[str, Any]) -> bool:
-    if columns.get("custom_id") is None:
-        return False
-    return columns.get("body") is not None or columns.get("url") is not None
+    has_request = columns.get("body") is not None or columns.get("url") is not None
+    return has_request and columns["custom_id"] is not None
 
 
 def _openai_request(columns: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
@@ -383,7 +382,7 @@ def _openai_request(columns: dict[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
     if method != "POST":
         raise _Refused(code, f"method is {_shown(method)}; it must be POST")
     if not isinstance(url, str) or url not in _ENDPOINTS:
-        raise _Refused(code, f"url is {_shown(url)}; it must be of {', '.join(_ENDPOINTS)}")
+        raise _Refused(code, f"url is {_shown(url)}; it must be one of {', '.join(_ENDPOINTS)}")
     if not isinstance(body, dict):
         raise _Refused(code, f"body is {_shown(body)}; it must be an object")
     for name, value in columns.items():
@@ -497,5 +496,6 @@ def _parse_settings(fields: dict[str, Any], options: PromptOptions, place: str) 
 
 
 def _shown(value: Any) -> str:
-    text = _BRIEF.repr(value)
+    """A value for a message, cut to 60 characters."""
+    text = "null" if value is None else _BRIEF.repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

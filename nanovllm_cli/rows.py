@@ -53,7 +53,7 @@ _FOREIGN_MAGIC = {
 _BOM = b"\xef\xbb\xbf"
 _JSON_HEAD = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*("|\}|$)')
 _BINARY_NAME = re.compile(r".*\.(gz|zst|parquet)", re.IGNORECASE | re.DOTALL)
-_INPUT_NAME = re.compile(r"[^.].*\.(jsonl|ndjson|json|parquet)(\.gz|\.zst)?", re.IGNORECASE)
+_INPUT_NAME = re.compile(r".*\.(jsonl|ndjson|json|parquet)(\.gz|\.zst)?", re.IGNORECASE)
 _ID_AS_FIRST_KEY = re.compile(
     rb'\s*\{\s*"(?:id|custom_id)"\s*:\s*("(?:[^"\\]|\\.){0,1000}"|-?\d{1,18})\s*[,}]'
 )
@@ -132,7 +132,7 @@ def find_inputs(arguments: list[str]) -> list[Source]:
 def _paths_of(argument: str) -> list[str]:
     hint = "Name a file, a pattern such as 'data/*.jsonl', a directory, or - for stdin."
     if os.path.isdir(argument):
-        names = sorted(filter(_INPUT_NAME.fullmatch, os.listdir(argument)))
+        names = sorted(filter(_INPUT_NAME.fullmatch, glob.glob("*", root_dir=argument)))
         paths = [os.path.join(argument, name) for name in names]
         missing = "there is no input file in the directory"
         hint = "Looked for *.jsonl, *.ndjson, *.json and *.parquet, also with .gz or .zst."
@@ -142,8 +142,7 @@ def _paths_of(argument: str) -> list[str]:
         paths, missing = sorted(glob.glob(argument, recursive=True)), "no file matches"
     else:
         directory, name = os.path.split(argument)
-        names = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
-        for similar in difflib.get_close_matches(name, names, n=1):
+        for similar in difflib.get_close_matches(name, glob.glob("*", root_dir=directory), n=1):
             hint = f"Did you mean {os.path.join(directory, similar)}?"
         paths, missing = [], "there is no file"
     files = [path for path in paths if not os.path.isdir(path)]
@@ -284,8 +283,7 @@ def _gunzip(reader: _Reader) -> Iterator[bytes]:
     """All members; unlike with the gzip module, only a member may follow a member."""
     decoder = None
     while data := reader.read(_COMPRESSED_CHUNK_BYTES):
-        is_more = True
-        while is_more:
+        while data:
             decoder = decoder or zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
             try:
                 chunk = decoder.decompress(data, _CHUNK_BYTES)
@@ -296,7 +294,6 @@ def _gunzip(reader: _Reader) -> Iterator[bytes]:
             data = decoder.unconsumed_tail
             if decoder.eof:
                 data, decoder = decoder.unused_data, None
-            is_more = bool(data) or len(chunk) == _CHUNK_BYTES
     if decoder is not None:
         raise reader.damaged("it ends before its last gzip member does")
 
