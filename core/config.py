@@ -114,6 +114,8 @@ class ModelConfig:
 def _rope_config(config: dict[str, Any], need: Any) -> RopeConfig:
     """transformers 5 keeps rope in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
     if "rope_parameters" in config:
+        if not isinstance(config["rope_parameters"], dict):
+            raise ModelError(f"config.json has rope_parameters {config['rope_parameters']!r}")
         rope = dict(config["rope_parameters"])
     else:
         rope = dict(config.get("rope_scaling") or {}, rope_theta=need("rope_theta"))

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from nanovllm_cli.core.attention import CpuAttention, KVCache
 from nanovllm_cli.core.batch import Batch, BatchResult, DecodeBatch, Int32, PrefillBatch
-from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.cpu_threads import CpuThreads
 from nanovllm_cli.core.errors import MemoryTooSmall
 from nanovllm_cli.core.qwen3 import Qwen3
+from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.sampler import sample
 from nanovllm_cli.core.slot_table import SlotTable
 from nanovllm_cli.kernels.linear import ROWS_PER_TILE
-
 
 _KV_TOKENS_PER_SEQ = 1024  # the default cache holds so many of each running sequence
 _KV_BYTES = 4 << 30  # and is no larger than this, nor than half the free memory
@@ -67,8 +66,9 @@ class CpuRunner:
     def launch(self, batch: Batch) -> CpuLaunch:
         """Run one launch to its end."""
         self._table.extend_block_tables(batch.block_table_update)
-        is_prefill = isinstance(batch, PrefillBatch)
-        return CpuLaunch(self._prefill(batch) if is_prefill else self._decode(batch))
+        if isinstance(batch, PrefillBatch):
+            return CpuLaunch(self._prefill(batch))
+        return CpuLaunch(self._decode(batch))
 
     def _prefill(self, batch: PrefillBatch) -> BatchResult:
         self._table.admit(batch.admissions)

@@ -13,12 +13,12 @@ import torch
 from nanovllm_cli.core.batch import DecodeBatch
 from nanovllm_cli.core.block_manager import BlockManager
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
-from nanovllm_cli.core.loader import load_weights
-from nanovllm_cli.core.qwen3 import Qwen3
-from nanovllm_cli.core.resolved_config import resolve
-from nanovllm_cli.core.request import Failure, Output, Request
 from nanovllm_cli.core.cpu_runner import CpuRunner
 from nanovllm_cli.core.gpu_runner import GpuRunner
+from nanovllm_cli.core.loader import load_weights
+from nanovllm_cli.core.qwen3 import Qwen3
+from nanovllm_cli.core.request import Failure, Output, Request
+from nanovllm_cli.core.resolved_config import resolve
 from nanovllm_cli.core.runner import Launch, Runner
 from nanovllm_cli.core.scheduler import Scheduler
 from nanovllm_cli.core.stats import EngineStats
@@ -46,8 +46,8 @@ class Engine:
                 enable_prefix_caching=resolved.enable_prefix_caching,
                 hash_bits=resolved.hash_bits,
             ),
-            vocab_size=model_resolved.vocab_size,
-            eos_token_ids=model_resolved.eos_token_ids,
+            vocab_size=model_config.vocab_size,
+            eos_token_ids=model_config.eos_token_ids,
             max_model_len=self.max_model_len,
             max_num_seqs=resolved.max_num_seqs,
             max_num_batched_tokens=resolved.max_num_batched_tokens,

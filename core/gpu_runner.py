@@ -18,19 +18,19 @@ from nanovllm_cli.core.batch import (
     DecodeBatch,
     PrefillBatch,
 )
-from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.errors import MemoryTooSmall
 from nanovllm_cli.core.qwen3 import Qwen3
+from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.slot_table import SlotTable
 from nanovllm_cli.kernels.decode_attention import DecodePlan, plan_decode_attention
 from nanovllm_cli.kernels.decode_step import OUT_ROWS_BEFORE_TOKENS, advance, prepare
-from nanovllm_cli.kernels.sampling import sample
+from nanovllm_cli.kernels.fused_sampling import sample
 
 _GRAPH_BYTES = 512 << 20  # left for the captured steps' own memory
 
 
 def graph_batch_sizes(max_num_seqs: int) -> list[int]:
-    """The captured batch sizes: 1, 2, 4, 8, then steps of about an eighth, ending at the maximum."""
+    """The captured batch sizes: 1, 2, 4, 8, then steps of an eighth, ending at the maximum."""
     sizes = [size for size in (1, 2, 4) if size < max_num_seqs]
     size = 8
     while size < max_num_seqs:
@@ -75,19 +75,22 @@ class GpuRunner:
             num_heads=sizes.num_attention_heads,
             num_kv_heads=sizes.num_key_value_heads,
             head_dim=sizes.head_dim,
+            block_size=config.block_size,
             device=device,
         )
-        rows = {"dtype": torch.int32, "device": device}
-        self._slots = torch.full((max_num_seqs,), self._table.idle_slot, **rows)
-        self._token_ids = torch.zeros(max_num_seqs, **rows)
-        self._positions = torch.zeros(max_num_seqs, **rows)
-        self._slot_mapping = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._context_lens = torch.zeros(max_num_seqs + 1, **rows)  # by slot
-        self._step = torch.zeros(1, **rows)
-        self._out = torch.zeros(
-            OUT_ROWS_BEFORE_TOKENS + config.max_window_steps, max_num_seqs, **rows
-        )
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._slots = zeros(max_num_seqs).fill_(self._table.idle_slot)
+        self._token_ids = zeros(max_num_seqs)
+        self._positions = zeros(max_num_seqs)
+        self._slot_mapping = zeros(max_num_seqs, dtype=torch.int64)
+        self._context_lens = zeros(max_num_seqs + 1)  # by slot
+        self._step = zeros(1)
+        self._out = zeros(OUT_ROWS_BEFORE_TOKENS + config.max_window_steps, max_num_seqs)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._kv_caches: list[KVCache] = []
         self._kv_caches = self._allocate(num_blocks=2)
         with torch.inference_mode():
             kv_cache_bytes = config.kv_cache_bytes
@@ -151,9 +154,7 @@ class GpuRunner:
             step=self._step,
             block_size=self._block_size,
         )
-        plan_decode_attention(
-            self._plan, self._context_lens, slots, table.block_table, self._block_size
-        )
+        plan_decode_attention(self._plan, self._context_lens, slots, table.block_table)
         attention = DecodeAttention(
             positions=positions,
             slot_mapping=slot_mapping,
@@ -196,12 +197,24 @@ class GpuRunner:
         )
 
     def _sample(self, hidden: Tensor, slots: Tensor) -> None:
-        sampled, is_nan = sample(self._model.logits(hidden), slots, self._table)
-        advance(slots, sampled, is_nan, self._table, out=self._out, step=self._step)
+        table = self._table
+        sampled, is_nan = sample(
+            self._model.logits(hidden),
+            slots,
+            length=table.length,
+            min_length=table.min_length,
+            stop_token_ids=table.stop_token_ids,
+            seed=table.seed,
+            temperature=table.temperature,
+            top_k=table.top_k,
+            top_p=table.top_p,
+            min_p=table.min_p,
+        )
+        advance(slots, sampled, is_nan.view(torch.int8), table, out=self._out, step=self._step)
 
     def _allocate(self, num_blocks: int) -> list[KVCache]:
         weight = self._model.embed_tokens.weight
-        self._kv_caches: list[KVCache] = []  # the old ones first give their memory back
+        self._kv_caches = []  # the old ones first give their memory back
         return [
             KVCache(
                 k=torch.zeros(

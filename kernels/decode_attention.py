@@ -18,14 +18,19 @@ https://crfm.stanford.edu/2023/10/12/flashdecoding.html), the online softmax Fla
 (arXiv 2301.03598).
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
+
 from nanovllm_cli.kernels.triton_import import tl, triton
 
-BLOCK_N = 64  # positions a tile
+
+# On one H200, bf16, head_dim 128: 64 positions a tile, 4 warps and 3 stages take 70 KB of shared
+# memory and 112 registers a thread, so that three programs share a multiprocessor. One alone has
+# enough loads in flight for full bandwidth; the others hide its start and its end.
+BLOCK_N = 64
 NUM_WARPS = 4
+NUM_STAGES = 3
 # Integers of a work item: row of the batch, slot, first position, end position, first item of the
 # sequence, number of splits, id of the first block. Padded to one memory sector, 32 bytes.
 ITEM_INTS = 8
@@ -311,28 +316,12 @@ def decode_attention_kernel(
 def split_budget(num_seqs: int, num_kv_heads: int, num_sms: int) -> int:
     """How many splits a batch may have beyond one a sequence.
 
-    A small batch gets about one program a multiprocessor, enough for full bandwidth: a merge costs
-    3 us. A large one splits only what is twice as long as the mean.
+    A split costs 3 us for its merge, and one program a multiprocessor reaches full bandwidth: a
+    small batch gets as many splits as that takes, a middling one splits what is longer than the
+    mean, and a large one only what is longer than twice the mean, so that no outlier runs on alone.
     """
-    return max(num_sms // num_kv_heads, num_seqs // 2, 1)
-
-
-def pipeline_stages(num_seqs: int, num_kv_heads: int, num_sms: int, max_stages: int) -> int:
-    """How far ahead a program loads: stages - 1 tiles.
-
-    Few programs must each keep much in flight; of many, four small ones share a multiprocessor
-    and hide each other's start and end.
-    """
-    return min(2 if num_seqs * num_kv_heads >= 6 * num_sms else 4, max_stages)
-
-
-@functools.cache
-def max_pipeline_stages(device: torch.device, tile_bytes: int) -> int:
-    """What a program's shared memory holds, tiles of K and V and about 3/8 of one for exchanges."""
-    if device.type == "cpu":
-        return 2  # the interpreter has no pipeline
-    shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return 1 + (shared_bytes - tile_bytes * 3 // 8) // tile_bytes
+    per_head = num_sms // num_kv_heads
+    return max(per_head, min(num_seqs, 2 * per_head), num_seqs // 2, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -367,17 +356,20 @@ class DecodePlan:
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         block_group = triton.next_power_of_2(num_heads // num_kv_heads)
         max_items = max_num_seqs + split_budget(max_num_seqs, num_kv_heads, num_sms)
-        ints = {"dtype": torch.int32, "device": device}
-        floats = {"dtype": torch.float32, "device": device}
-        return cls(
-            items=torch.zeros(max_items, ITEM_INTS, **ints),
-            num_items=torch.zeros(1, **ints),
-            partial_out=torch.empty(max_items, num_kv_heads, block_group, head_dim, **floats),
-            partial_stats=torch.empty(max_items, num_kv_heads, 2, block_group, **floats),
-            arrivals=torch.zeros(max_num_seqs, num_kv_heads, **ints),
-            block_size=block_size,
-            num_sms=num_sms,
-        )
+        with device:
+            return cls(
+                items=torch.zeros(max_items, ITEM_INTS, dtype=torch.int32),
+                num_items=torch.zeros(1, dtype=torch.int32),
+                partial_out=torch.empty(
+                    max_items, num_kv_heads, block_group, head_dim, dtype=torch.float32
+                ),
+                partial_stats=torch.empty(
+                    max_items, num_kv_heads, 2, block_group, dtype=torch.float32
+                ),
+                arrivals=torch.zeros(max_num_seqs, num_kv_heads, dtype=torch.int32),
+                block_size=block_size,
+                num_sms=num_sms,
+            )
 
 
 def plan_decode_attention(
@@ -452,7 +444,6 @@ def decode_attention(
     assert num_seqs <= plan.arrivals.shape[0], f"{num_seqs} sequences: more than the plan holds"
 
     max_items = num_seqs + split_budget(num_seqs, num_kv_heads, plan.num_sms)
-    max_stages = max_pipeline_stages(q.device, 2 * BLOCK_N * head_dim * q.element_size())
     decode_attention_kernel[(max_items * num_kv_heads,)](
         q,
         k_cache,
@@ -474,7 +465,7 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         BLOCK_N=BLOCK_N,
         BLOCK_SPLITS=max(32 // block_group, 1),
-        NUM_STAGES=pipeline_stages(num_seqs, num_kv_heads, plan.num_sms, max_stages),
+        NUM_STAGES=2 if q.dtype == torch.float32 else NUM_STAGES,  # shared memory
         ITEM_INTS=ITEM_INTS,
         PRECISION="tf32x3",  # of float32 only: as good as float32, by tensor cores
         num_warps=NUM_WARPS,

@@ -22,8 +22,8 @@ else:
 
         constexpr = None
 
-        def jit(self, kernel: Any) -> Any:
-            return kernel
+        def jit(self, kernel: Any = None, **options: Any) -> Any:
+            return kernel if kernel is not None else self.jit
 
     triton = tl = _Absent()
 

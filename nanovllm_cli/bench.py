@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-import torch
 from rich.console import Console
 from rich.table import Table
 
