@@ -27,13 +27,17 @@ Lines = Callable[[], Iterator[tuple[int, bytes]]]
 
 
 def write_parquet(path: Path, lines: Lines, sources: list[Source]) -> None:
-    """Write the rows of `lines`, (row index, JSON line) in input order; read twice."""
+    """Write the rows of `lines`, (row index, JSON line) in input order; read two or three times."""
     inputs = _InputColumns(sources)
     schema = _schema(lines, inputs.schema)
+    are_known = bool(inputs.schema) and schema is not None
+    if schema is None:
+        schema = _schema(lines, None)
+        assert schema is not None, "only columns of the inputs can be missing"
     with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
         for chunk in _chunks(lines):
             rows = [orjson.loads(line) for _, line in chunk]
-            known = inputs.take([index for index, _ in chunk]) if inputs.schema else None
+            known = inputs.take([index for index, _ in chunk]) if are_known else None
             columns = [
                 known.column(field.name)
                 if known is not None and field.name in known.column_names
@@ -47,7 +51,8 @@ class _InputColumns:
     """The columns of Parquet inputs, read again row by row index; schema None for other inputs."""
 
     def __init__(self, sources: list[Source]) -> None:
-        self._files = [source.path for source in sources if source.path is not None]
+        # A pipe was read and is gone; opened again it would wait for another writer.
+        self._files = [s.path for s in sources if s.path is not None and not s.is_stream]
         self.schema: pa.Schema | None = None
         if len(self._files) == len(sources):
             schemas = [_parquet_schema(file) for file in self._files]
@@ -86,17 +91,23 @@ def _parquet_schema(file: Path) -> pa.Schema | None:
         return pq.read_schema(file).remove_metadata() if opened.read(4) == b"PAR1" else None
 
 
-def _schema(lines: Lines, inputs: pa.Schema | None) -> pa.Schema:
-    """The columns over all rows, in the order they first come, the results last."""
+def _schema(lines: Lines, inputs: pa.Schema | None) -> pa.Schema | None:
+    """The columns over all rows, in the order they first come, the results last.
+
+    None where a line is without a column of the inputs, as OpenAI's lines are.
+    """
     types: dict[str, pa.DataType] = {} if inputs is None else {f.name: f.type for f in inputs}
     for chunk in _chunks(lines):
         rows = [orjson.loads(line) for _, line in chunk]
+        if inputs is not None and any(name not in row for row in rows for name in inputs.names):
+            return None
         for name in dict.fromkeys(key for row in rows for key in row):
             if name in _RESULT_TYPES:
                 types.setdefault(name, _RESULT_TYPES[name])
             elif inputs is None:
                 found = _type_of([row.get(name) for row in rows])
                 types[name] = _unify(types[name], found) if name in types else found
+    types = {n: pa.string() if inputs is None and _is_empty(t) else t for n, t in types.items()}
     results = [name for name in RESULT_COLUMNS if name in types]
     names = [name for name in types if name not in results] + results
     return pa.schema([(name, types[name]) for name in names])
@@ -105,8 +116,14 @@ def _schema(lines: Lines, inputs: pa.Schema | None) -> pa.Schema:
 def _type_of(values: list[Any]) -> pa.DataType:
     try:
         return pa.array(values).type
-    except pa.ArrowException:
-        return pa.string()  # mixed: as JSON text
+    except (pa.ArrowException, OverflowError):
+        return pa.string()  # mixed, or beyond 64 bits: as JSON text
+
+
+def _is_empty(kind: pa.DataType) -> bool:
+    """Whether it holds a struct without fields, which Parquet has not."""
+    children = [kind.field(at).type for at in range(kind.num_fields)]
+    return (pa.types.is_struct(kind) and not children) or any(map(_is_empty, children))
 
 
 def _unify(a: pa.DataType, b: pa.DataType) -> pa.DataType:
@@ -123,7 +140,10 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
             value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
             for value in values
         ]
-    return pa.array(values, kind)
+    try:
+        return pa.array(values, kind)
+    except pa.ArrowInvalid:  # an integer above 2**53 in a column of floats
+        return pa.array(values).cast(kind, safe=False)
 
 
 def _chunks(lines: Lines) -> Iterator[list[tuple[int, bytes]]]:

@@ -11,22 +11,26 @@ class StopStrings:
     def __init__(self, stop: tuple[str, ...], decode: Decode) -> None:
         self._stop = stop
         self._decode = decode
-        # A token is at least one byte of the text, so a match ends within so many tokens.
+        # A token with text is at least a byte of it, so a match ends within so many of them.
         self._tail = max(len(text.encode()) for text in stop) + 4
         self.token_ids: list[int] = []
+        self._recent: list[int] = []  # the last tokens with any text; special ones have none
         self._num_matched: int | None = None  # tokens up to the one that completes a stop string
 
     def add(self, token_ids: Sequence[int]) -> bool:
         """Take in new tokens; True once a stop string is complete."""
         first_new = len(self.token_ids)
         self.token_ids += token_ids
-        if self._num_matched is None and self._holds_one(first_new, len(self.token_ids)):
-            self._num_matched = next(
-                end
-                for end in range(first_new + 1, len(self.token_ids) + 1)
-                if self._holds_one(first_new, end)
-            )
-        return self._num_matched is not None
+        if self._num_matched is not None:
+            return True
+        if self._hold_one(token_ids):
+            counts = range(1, len(token_ids) + 1)
+            num_new = next(count for count in counts if self._hold_one(token_ids[:count]))
+            self._num_matched = first_new + num_new
+            return True
+        with_text = [token_id for token_id in token_ids if self._decode([token_id])]
+        self._recent = (self._recent + with_text)[-self._tail :]
+        return False
 
     @property
     def matched_token_ids(self) -> list[int]:
@@ -39,6 +43,6 @@ class StopStrings:
             : min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
         ]
 
-    def _holds_one(self, first_new: int, end: int) -> bool:
-        text = self._decode(self.token_ids[max(0, first_new - self._tail) : end])
+    def _hold_one(self, new_token_ids: Sequence[int]) -> bool:
+        text = self._decode([*self._recent, *new_token_ids])
         return any(stop in text for stop in self._stop)

@@ -35,14 +35,21 @@ class PromptTokenizer:
         file = path / "tokenizer.json"
         if not file.exists():
             raise ModelError(f"{path} holds no tokenizer.json", "Is the checkpoint whole?")
-        content = json.loads(file.read_bytes())
+        try:
+            content = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise ModelError(f"{file} is not JSON: {error}") from None
         for token in content["added_tokens"]:
             if token["lstrip"] or token["rstrip"] or token["normalized"] or token["single_word"]:
                 raise ModelError(f"{file}: {token['content']!r} takes its neighbours with it")
         self._full = Tokenizer.from_file(str(file))
         self._added = {token["content"]: token["id"] for token in content["added_tokens"]}
         self._plain = Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+        self._plain.no_truncation()  # a file may ask for either, and transformers ignores it too
+        self._plain.no_padding()
         self._hugging_face: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        # Whether the template takes an assistant's thought apart from its answer, as Qwen3's does.
+        self._knows_reasoning = "reasoning_content" in str(self._hugging_face.chat_template)
         self._parse_special = parse_special
         longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._control = re.compile("|".join(longest_first) or "(?!)")
@@ -119,13 +126,16 @@ class PromptTokenizer:
             return TemplateError(f"the chat template failed: {error}")
 
     def _render(self, prompt: Prompt) -> list[str | int]:
-        strings = "\0".join(_strings_in(prompt.messages))
+        messages = prompt.messages or []
+        if self._knows_reasoning:
+            messages = [_with_reasoning_apart(message) for message in messages]
+        strings = "\0".join(_strings_in(messages))
         start, end, *_ = (char for char in _NONCHARACTERS if char not in strings)
         arguments = {}
         if prompt.enable_thinking is not None:
             arguments["enable_thinking"] = prompt.enable_thinking
         text = self._hugging_face.apply_chat_template(
-            _mark(prompt.messages, self._control, f"{start}\\g<0>{end}"),
+            _mark(messages, self._control, f"{start}\\g<0>{end}"),
             tokenize=False,
             add_generation_prompt=True,
             **arguments,
@@ -153,11 +163,29 @@ class PromptTokenizer:
         return pieces
 
 
+def _with_reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:
+    """A thought in the content becomes `reasoning_content`, as Qwen3's template does it.
+
+    There, marks round the tags would keep the line breaks beside them from being stripped.
+    """
+    content = message["content"]
+    if (
+        message["role"] != "assistant"
+        or "reasoning_content" in message
+        or "</think>" not in content
+    ):
+        return message
+    before, *_, answer = content.split("</think>")
+    thought = before.rstrip("\n").split("<think>")[-1].lstrip("\n")
+    return {**message, "reasoning_content": thought, "content": answer.lstrip("\n")}
+
+
 def _strings_in(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
+        for key, item in value.items():
+            yield key
             yield from _strings_in(item)
     elif isinstance(value, list):
         for item in value:
@@ -168,7 +196,10 @@ def _mark(value: Any, control: re.Pattern[str], replacement: str) -> Any:
     if isinstance(value, str):
         return control.sub(replacement, value)
     if isinstance(value, dict):
-        return {key: _mark(item, control, replacement) for key, item in value.items()}
+        return {
+            _mark(key, control, replacement): _mark(item, control, replacement)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
         return [_mark(item, control, replacement) for item in value]
     return value

@@ -66,7 +66,7 @@ class FileWriter:
                 if self.path.suffix == ".parquet":
                     write_parquet(temporary, self._in_order, self._sources)
                 else:
-                    with _compressor(temporary, self.path.suffix) as file:
+                    with _compressed(temporary, self.path.suffix) as file:
                         for _, line in self._in_order():
                             file.write(line + b"\n")
                 _sync(temporary)
@@ -124,7 +124,9 @@ class StreamWriter:
     def _emit(self, line: bytes | None) -> None:
         if line is not None:
             with io_errors("standard output"):
-                self._stream.write(line + b"\n")
+                rest = memoryview(line + b"\n")
+                while rest:  # stdout may be unbuffered, and take a part only
+                    rest = rest[self._stream.write(rest) :]
                 self._stream.flush()
 
 
@@ -139,12 +141,18 @@ def io_errors(path: Path | str) -> Iterator[None]:
         raise CommandError(f"cannot write {path}: {error}", exit_code=ExitCode.IO_ERROR) from None
 
 
-def _compressor(path: Path, suffix: str) -> Any:
-    if suffix == ".gz":  # no name and no time in the header: equal rows give equal files
-        return gzip.GzipFile("", "wb", fileobj=open(path, "wb"), mtime=0)
-    if suffix == ".zst":
-        return pa.output_stream(path, compression="zstd")
-    return open(path, "wb")
+@contextmanager
+def _compressed(path: Path, suffix: str) -> Iterator[Any]:
+    """A file to write to; whoever leaves the block without an error has it on the disk."""
+    with open(path, "wb") as file:
+        if suffix == ".gz":  # no name and no time in the header: equal rows give equal files
+            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+                yield packed
+        elif suffix == ".zst":
+            with pa.CompressedOutputStream(file, "zstd") as packed:
+                yield packed
+        else:
+            yield file
 
 
 def _sync(path: Path) -> None:

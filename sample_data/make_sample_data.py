@@ -2,6 +2,7 @@
 
     python sample_data/make_sample_data.py                  # everything: minutes on a GPU
     python sample_data/make_sample_data.py --prompts-only   # tokenizer, config and prompt files
+    python sample_data/make_sample_data.py --resume         # train the weights that are there on
     python sample_data/make_sample_data.py --check          # accuracy of the shipped model
 
 All text is made here (tasks.py); nothing is downloaded. The questions of the shipped prompt files
@@ -16,6 +17,7 @@ import math
 import multiprocessing
 import os
 import random
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -313,6 +315,17 @@ def make_prompt_files(folder: Path, tokenizer: Any) -> dict[str, list[Row]]:
     return rows
 
 
+def shipped_rows(folder: Path) -> dict[str, list[Row]]:
+    """The rows of the files in `folder`; ValueError where a file is not what this script makes."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    with tempfile.TemporaryDirectory() as name:
+        rows = make_prompt_files(Path(name), tokenizer)
+        for made in Path(name).glob("*.json*"):  # a Parquet file names its writer's version
+            if made.read_bytes() != (folder / made.name).read_bytes():
+                raise ValueError(f"{made.name} is not what this script makes")
+    return rows
+
+
 def make_bad_rows(folder: Path) -> None:
     """bad_rows.jsonl: every kind of row that cannot be run, between rows that can."""
     good = '{"id": "%s", "prompt": "Q: %s=\\nA:", "answer": "%s"}'
@@ -404,11 +417,11 @@ def encode_rows(job: tuple[int, int, Path, frozenset[str]]) -> dict[int, Part]:
     }
 
 
-def training_set(folder: Path, count: int, without: frozenset[str]) -> list[Part]:
+def training_set(folder: Path, count: int, without: frozenset[str], seed: int) -> list[Part]:
     """`count` training rows, made by all cores."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     size = min(count, 5000)
-    jobs = [(TRAINING_SEED + begin, size, folder, without) for begin in range(0, count, size)]
+    jobs = [(seed + begin, size, folder, without) for begin in range(0, count, size)]
     with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, len(jobs))) as pool:
         done = pool.map(encode_rows, jobs, chunksize=1)
     result = []
@@ -426,6 +439,7 @@ def train(
     parts: Sequence[Part],
     steps: int,
     batch_tokens: int,
+    peak_rate: float,
     seconds: float,
     report: Callable[[], str],
 ) -> None:
@@ -455,7 +469,11 @@ def train(
         loss = torch.nn.functional.cross_entropy(logits.float(), batch[:, 1:][target])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        rate = 2e-3 * min(1.0, (step + 1) / 200) * (0.01 + 0.99 * math.cos(math.pi / 2 * done) ** 2)
+        rate = (
+            peak_rate
+            * min(1.0, (step + 1) / 200)
+            * (0.01 + 0.99 * math.cos(math.pi / 2 * done) ** 2)
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -534,15 +552,17 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only measure the model in --out")
     parser.add_argument("--device", help="cuda or cpu (what there is)")
     parser.add_argument("--examples", type=int, default=400_000, help="size of the training set")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch-tokens", type=int, default=32_768)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch-tokens", type=int, default=65_536)
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--resume", action="store_true", help="begin with the weights in --out")
+    parser.add_argument("--seed", type=int, default=TRAINING_SEED, help="seed of the training set")
     parser.add_argument("--seconds", type=float, default=1800.0, help="most time for the training")
     arguments = parser.parse_args()
     folder = arguments.out / "model"
-    folder.mkdir(parents=True, exist_ok=True)
     if arguments.check:
-        rows = make_prompt_files(arguments.out, AutoTokenizer.from_pretrained(folder))
-        raise SystemExit(check(folder, rows) < 0.95)
+        raise SystemExit(check(folder, shipped_rows(arguments.out)) < 0.95)
+    folder.mkdir(parents=True, exist_ok=True)
 
     tokenizer = make_tokenizer(folder)
     verify_completions(tokenizer)
@@ -552,12 +572,14 @@ def main() -> None:
         if not (folder / "model.safetensors").exists():
             save_model(model, folder)  # random weights, to be trained
         return
+    if arguments.resume:
+        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
 
     dev = general_rows(random.Random(DEV_SEED), 256)
     held = frozenset(row.item.key for part in (*rows.values(), dev) for row in part)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.monotonic()
-    data = training_set(folder, arguments.examples, held)
+    data = training_set(folder, arguments.examples, held, arguments.seed)
     print(f"made {sum(len(ids) for ids, _ in data)} rows in {time.monotonic() - began:.0f} s")
 
     def report() -> str:
@@ -569,6 +591,7 @@ def main() -> None:
         data,
         arguments.steps,
         arguments.batch_tokens,
+        arguments.rate,
         arguments.seconds,
         report,
     )

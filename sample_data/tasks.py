@@ -286,6 +286,9 @@ TASKS: dict[str, Callable[[random.Random], Item]] = {
     "fact": fact,
 }
 
+# How often training draws a task, the others once: these take longest to learn.
+WEIGHTS = {"add": 2, "subtract": 4, "count_letter": 2}
+
 
 def draw(rng: random.Random, task: str | None = None, without: Container[str] = ()) -> Item:
     """An item of `task` (or any); a key of `without` is drawn only where facts leave no choice."""
@@ -323,7 +326,8 @@ def chat_row(
 
 def training_row(rng: random.Random, without: Container[str] = ()) -> Row:
     """A row of the mixture that the model is trained on, about none of `without` but facts."""
-    item = draw(rng, without=without)
+    weights = [WEIGHTS.get(task, 1) for task in TASKS]
+    item = draw(rng, rng.choices(tuple(TASKS), weights)[0], without)
     shape = rng.random()
     if shape < 0.30:
         return raw_row(rng, item, rng.choice((0, 0, 0, 0, 1, 2)), without)

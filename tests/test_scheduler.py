@@ -17,9 +17,7 @@ import pytest
 
 from nanovllm_cli.core.batch import Admission, Batch, BatchResult, DecodeBatch, PrefillBatch
 from nanovllm_cli.core.block_manager import SCRATCH_BLOCK, BlockManager
-from nanovllm_cli.core.sampling_params import SamplingParams
 from nanovllm_cli.core.request import (
-    MAX_STOP_TOKEN_IDS,
     Completion,
     Failure,
     NewTokens,
@@ -27,6 +25,7 @@ from nanovllm_cli.core.request import (
     Request,
     TokenIds,
 )
+from nanovllm_cli.core.sampling_params import MAX_STOP_TOKEN_IDS, SamplingParams
 from nanovllm_cli.core.scheduler import Scheduler
 from nanovllm_cli.core.sequence import Sequence
 
@@ -108,6 +107,7 @@ class Ones(Model):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
+    vocab_size: int = VOCAB_SIZE
     num_blocks: int = 33
     block_size: int = 4
     max_model_len: int = 40
@@ -319,7 +319,7 @@ class World:
         )
         self.scheduler = scheduler_class(
             self.blocks,
-            vocab_size=VOCAB_SIZE,
+            vocab_size=settings.vocab_size,
             eos_token_ids=settings.eos_token_ids,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
@@ -368,7 +368,9 @@ class World:
     def add(self, request: Request) -> Failure | None:
         failure = self.scheduler.add(request)
         length = len(request.prompt_token_ids)
-        is_bad = any(not 0 <= token < VOCAB_SIZE for token in request.prompt_token_ids)
+        is_bad = any(
+            not 0 <= token < self.settings.vocab_size for token in request.prompt_token_ids
+        )
         must_fail = is_bad or not 0 < length < self.settings.max_model_len
         check((failure is not None) == must_fail, f"{request} gives {failure}")
         if failure is not None:
@@ -1149,7 +1151,7 @@ def test_a_failure_names_the_length_at_which_the_logits_went_bad() -> None:
     ("prompt", "sampling", "code", "words"),
     [
         ([], {}, "bad_token_ids", "no tokens"),
-        ([0, VOCAB_SIZE], {}, "bad_token_ids", "token id 6"),
+        ([0, 30], {}, "bad_token_ids", "token id 30"),
         ([0, -1], {}, "bad_token_ids", "token id -1"),
         ([0, 2**40], {}, "bad_token_ids", "token id 1099511627776"),
         ([0, 2**70], {}, "bad_token_ids", "token id 1180591620717411303424"),
@@ -1160,7 +1162,7 @@ def test_a_failure_names_the_length_at_which_the_logits_went_bad() -> None:
 def test_a_request_that_can_never_run_comes_back_as_a_failure(
     prompt: list[int], sampling: dict[str, Any], code: str, words: str
 ) -> None:
-    world = World(Settings())
+    world = World(Settings(vocab_size=30))
     failure = world.scheduler.add(
         Request(request_id=7, prompt_token_ids=prompt, sampling=SamplingParams(**sampling))
     )
@@ -1171,7 +1173,7 @@ def test_a_request_that_can_never_run_comes_back_as_a_failure(
 
 
 def test_stop_token_ids_that_are_eos_already_count_once() -> None:
-    world = World(Settings(eos_token_ids=(1, 2)))
+    world = World(Settings(vocab_size=30, eos_token_ids=(1, 2)))
     ids = (2, 1, 1, *range(3, 3 + MAX_STOP_TOKEN_IDS - 2))
     assert world.ask(0, [0], stop_token_ids=ids) is None
 

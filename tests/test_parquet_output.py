@@ -1,0 +1,299 @@
+"""Rows -> Parquet: columns from Parquet keep their exact types, columns from JSON get good ones."""
+
+import datetime
+import decimal
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanovllm_cli.parquet_output import write_parquet
+from nanovllm_cli.prompts import Prompt, PromptOptions, to_prompt
+from nanovllm_cli.results import Sample, result_line
+from nanovllm_cli.rows import Row, Source, find_inputs, read_rows
+
+STDIN = [Source(name="<stdin>", path=None)]
+RESULTS = ["completion", "reasoning", "finish_reason", "usage"]
+
+
+def samples(count: int = 1) -> list[Sample]:
+    return [
+        Sample(text=f"text {n}", reasoning=None, finish_reason="stop", num_tokens=3)
+        for n in range(count)
+    ]
+
+
+def complete(sources: list[Source], *, shape: Any = "columns") -> list[tuple[int, bytes]]:
+    """What a job makes of the rows of `sources`: (row index, line) in input order."""
+    lines = []
+    for row in read_rows(sources):
+        assert isinstance(row, Row)
+        prompt = to_prompt(row, PromptOptions())
+        assert isinstance(prompt, Prompt), prompt
+        kind = "openai" if prompt.endpoint else shape
+        lines.append((row.index, result_line(prompt, samples(), 4, shape=kind, model="m")))
+    return lines
+
+
+def written(path: Path, lines: list[tuple[int, bytes]], sources: list[Source]) -> pa.Table:
+    def again() -> Iterator[tuple[int, bytes]]:
+        return iter(lines)
+
+    write_parquet(path, again, sources)
+    return pq.read_table(path)
+
+
+def from_json(tmp_path: Path, rows: list[dict[str, Any]]) -> pa.Table:
+    """The table of rows that came as JSON, without results."""
+    lines = [(index, orjson.dumps(row)) for index, row in enumerate(rows)]
+    return written(tmp_path / "out.parquet", lines, STDIN)
+
+
+def typed_table(num_rows: int) -> pa.Table:
+    """Every type that JSON does not have, and values that a careless reader changes."""
+    day = datetime.datetime(2024, 2, 29, 23, 59, 59, 123456)
+    numbers = range(num_rows)
+
+    def column(kind: pa.DataType, value: Any) -> pa.Array:
+        return pa.array([None if n % 5 == 4 else value for n in numbers], kind)
+
+    berlin = pa.timestamp("us", "Europe/Berlin")
+    return pa.table(
+        {
+            "prompt": pa.array([f"p{n}" for n in numbers]),
+            "zeros": column(pa.string(), "007"),
+            "exponent": column(pa.string(), "12e3"),
+            "large": column(pa.large_string(), "x"),
+            "word": column(pa.string(), "no").dictionary_encode(),
+            "int8": column(pa.int8(), -128),
+            "uint64": column(pa.uint64(), 2**64 - 1),
+            "int64": column(pa.int64(), -(2**63)),
+            "float32": column(pa.float32(), 0.1),
+            "not_a_number": column(pa.float64(), float("nan")),
+            "infinite": column(pa.float64(), float("-inf")),
+            "bool": column(pa.bool_(), True),
+            "binary": column(pa.binary(), b"\x00\xff\n"),
+            "decimal": column(pa.decimal128(20, 4), decimal.Decimal("1.1000")),
+            "date": column(pa.date32(), day.date()),
+            "time": column(pa.time64("us"), day.time()),
+            "naive": column(pa.timestamp("ms"), day.replace(microsecond=123000)),
+            "zoned": column(berlin, day.replace(tzinfo=datetime.UTC)),
+            "nanoseconds": pa.array([n * 1000 for n in numbers], pa.timestamp("ns")),
+            "duration": column(pa.duration("ms"), datetime.timedelta(days=1, milliseconds=7)),
+            "list": column(pa.list_(pa.list_(pa.int16())), [[1, None], [], None]),
+            "struct": column(
+                pa.struct([("a", pa.timestamp("us")), ("b", pa.list_(pa.struct([("c", "i4")])))]),
+                {"a": day, "b": [{"c": 1}, None]},
+            ),
+            "map": column(pa.map_(pa.string(), pa.int32()), [("k", 1)]),
+            "nothing": pa.nulls(num_rows),
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_rows", [1, 2500])
+def test_columns_from_parquet_keep_their_values_and_types(num_rows: int, tmp_path: Path) -> None:
+    given = typed_table(num_rows)
+    pq.write_table(given, tmp_path / "in.parquet", row_group_size=700)
+    sources = find_inputs([str(tmp_path / "in.parquet")])
+    found = written(tmp_path / "out.parquet", complete(sources), sources)
+    assert found.column_names == [*given.column_names, *RESULTS]
+    before = pq.read_table(tmp_path / "in.parquet")
+    for name in given.column_names:
+        assert found.schema.field(name).type == before.schema.field(name).type, name
+        if name != "not_a_number":  # which does not equal itself
+            assert found.column(name).equals(before.column(name)), name
+    assert found.column("int64").to_pylist()[0] == -(2**63)
+    assert found.column("zeros").to_pylist()[0] == "007"
+    assert found.column("completion").to_pylist() == ["text 0"] * num_rows
+    assert set(map(str, found.column("usage").to_pylist())) == {
+        "{'prompt_tokens': 4, 'completion_tokens': 3}"
+    }
+
+
+def test_nanoseconds_travel_through(tmp_path: Path) -> None:
+    given = pa.table({"prompt": ["a", "b"], "at": pa.array([1, 10**18 + 1], pa.timestamp("ns"))})
+    pq.write_table(given, tmp_path / "in.parquet")
+    sources = find_inputs([str(tmp_path / "in.parquet")])
+    found = written(tmp_path / "out.parquet", complete(sources), sources)
+    assert found.column("at").equals(given.column("at"))
+
+
+def test_the_right_rows_are_kept_where_others_failed(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        pq.write_table(
+            pa.table({"prompt": [f"{name}{n}" for n in range(1500)], "number": range(1500)}),
+            tmp_path / f"{name}.parquet",
+            row_group_size=400,
+        )
+    sources = find_inputs([str(tmp_path / f"{name}.parquet") for name in ("b", "a", "c")])
+    kept = [line for line in complete(sources) if line[0] % 7 == 3 or line[0] // 1500 == 2]
+    found = written(tmp_path / "out.parquet", kept, sources)
+    expected = [orjson.loads(line) for _, line in kept]
+    assert found.column("prompt").to_pylist() == [row["prompt"] for row in expected]
+    assert found.column("number").to_pylist() == [row["number"] for row in expected]
+
+
+def test_parquet_files_of_different_columns_are_put_together(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "x": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"prompt": ["b"], "y": ["2"]}), tmp_path / "b.parquet")
+    (tmp_path / "c.jsonl").write_bytes(b'{"prompt": "c", "x": 2.5}\n')
+    sources = find_inputs([str(tmp_path)])
+    found = written(tmp_path / "out.parquet", complete(sources), sources)
+    assert found.select(["prompt", "x", "y"]).to_pylist() == [
+        {"prompt": "a", "x": 1.0, "y": None},
+        {"prompt": "b", "x": None, "y": "2"},
+        {"prompt": "c", "x": 2.5, "y": None},
+    ]
+
+
+def test_a_column_of_a_results_name_gives_way_to_the_result(tmp_path: Path) -> None:
+    table = pa.table({"usage": [1.5], "prompt": ["a"], "completion": [7], "reasoning": [b"x"]})
+    pq.write_table(table, tmp_path / "in.parquet")
+    sources = find_inputs([str(tmp_path / "in.parquet")])
+    found = written(tmp_path / "out.parquet", complete(sources), sources)
+    assert found.column_names == ["prompt", *RESULTS]
+    assert found.column("completion").to_pylist() == ["text 0"]
+    assert found.schema.field("reasoning").type == pa.string()
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1, 2, None], pa.int64()),
+        ([1, 2.5], pa.float64()),
+        ([True, False], pa.bool_()),
+        (["007", "12e3", "2024-01-01"], pa.string()),
+        (["a", 1, None, [2], {"b": 3}], pa.string()),
+        ([True, 1], pa.string()),
+        ([None, None], pa.null()),
+        ([[1], [], None], pa.list_(pa.int64())),
+        ([[], []], pa.list_(pa.null())),
+        ([[1], ["a"]], pa.string()),
+        ([{"a": 1}, {"b": "x"}], pa.struct([("a", pa.int64()), ("b", pa.string())])),
+        ([{"a": 1}, {"a": "x"}], pa.string()),
+        ([{}, {}], pa.string()),  # Parquet has no struct without fields
+        ([{"a": {}}, {"a": {}}], pa.string()),
+        ([[{}]], pa.string()),
+        ([2**63 - 1, -(2**63)], pa.int64()),
+        ([2**63, 1], pa.string()),
+        ([2**64 - 1, -1], pa.string()),
+        ([2**60 + 1, 0.5], pa.string()),
+    ],
+    ids=str,
+)
+def test_columns_from_json_get_the_type_that_all_their_values_have(
+    values: list[Any], kind: pa.DataType, tmp_path: Path
+) -> None:
+    found = from_json(tmp_path, [{"x": value} for value in values])
+    assert found.schema.field("x").type == kind
+    texts = [v if v is None or isinstance(v, str) else orjson.dumps(v).decode() for v in values]
+    shown = found.column("x").to_pylist()
+    if kind == pa.string():
+        assert shown == texts
+    elif not pa.types.is_struct(kind):
+        assert shown == values
+
+
+@pytest.mark.parametrize(
+    ("first", "later", "kind"),
+    [
+        (1, 2.5, pa.float64()),
+        (2**60, 2.5, pa.float64()),
+        ([2**60], [2.5], pa.list_(pa.float64())),
+        (1, "a", pa.string()),
+        (None, 7, pa.int64()),
+        ([1], ["a"], pa.string()),
+        ([], ["a"], pa.list_(pa.string())),
+        ({"a": 1}, {"b": 2}, pa.struct([("a", pa.int64()), ("b", pa.int64())])),
+        ({}, {"a": 1}, pa.struct([("a", pa.int64())])),
+        (True, 1, pa.string()),
+        (1, 2**63, pa.string()),
+    ],
+    ids=str,
+)
+def test_a_type_that_changes_far_down_is_still_found(
+    first: Any, later: Any, kind: pa.DataType, tmp_path: Path
+) -> None:
+    rows = [{"x": first} for _ in range(2048)] + [{"x": later} for _ in range(1500)]
+    found = from_json(tmp_path, rows)
+    assert found.num_rows == 3548
+    assert found.schema.field("x").type == kind
+    if kind == pa.string():
+        texts = {v if isinstance(v, str) else orjson.dumps(v).decode() for v in (first, later)}
+        assert set(found.column("x").to_pylist()) == texts
+
+
+def test_a_column_that_comes_late_is_empty_before(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"a": 1} for _ in range(2000)]
+    found = from_json(tmp_path, [*rows, {"b": "x", "a": 2}])
+    assert found.column_names == ["a", "b"]
+    assert found.column("b").to_pylist() == [None] * 2000 + ["x"]
+
+
+def test_several_completions_are_a_list_of_them(tmp_path: Path) -> None:
+    row = Row(index=0, source="s", line=1, raw=b'{"prompt": "a"}', columns={"prompt": "a"})
+    prompt = to_prompt(row, PromptOptions())
+    assert isinstance(prompt, Prompt)
+    lines = [
+        (index, result_line(prompt, samples(count), 4, shape="columns", model="m"))
+        for index, count in enumerate((2, 1))
+    ]
+    found = written(tmp_path / "out.parquet", lines, STDIN)
+    assert found.column_names == [
+        *("prompt", "completion", "completions", "reasoning", "finish_reason", "usage")
+    ]
+    several, one = found.to_pylist()
+    assert [sample["completion"] for sample in several["completions"]] == ["text 0", "text 1"]
+    assert several["completion"] is None
+    assert one["completion"] == "text 0"
+    assert one["completions"] is None
+
+
+def test_openai_lines_have_their_response_in_parquet_too(tmp_path: Path) -> None:
+    lines = [
+        {
+            "custom_id": f"c{n}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "m", "prompt": "a"},
+        }
+        for n in range(3)
+    ]
+    pq.write_table(pa.Table.from_pylist(lines), tmp_path / "in.parquet")
+    sources = find_inputs([str(tmp_path / "in.parquet")])
+    found = written(tmp_path / "out.parquet", complete(sources), sources)
+    assert found.column_names == ["id", "custom_id", "response", "error"]
+    assert found.column("custom_id").to_pylist() == ["c0", "c1", "c2"]
+    choices = [row["body"]["choices"] for row in found.column("response").to_pylist()]
+    assert [choice[0]["text"] for choice in choices] == ["text 0"] * 3
+
+
+def test_rows_made_openai_lines_have_their_response_in_parquet_too(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": ["x", "y"], "prompt": ["a", "b"]}), tmp_path / "in.parquet")
+    sources = find_inputs([str(tmp_path / "in.parquet")])
+    lines = complete(sources, shape="openai")
+    found = written(tmp_path / "out.parquet", lines, sources)
+    assert found.to_pylist() == [orjson.loads(line) for _, line in lines]
+
+
+def test_a_pipe_that_was_read_is_not_opened_again(tmp_path: Path) -> None:
+    fifo = tmp_path / "in.jsonl"
+    os.mkfifo(fifo)
+    sources = find_inputs([str(fifo)])
+    feeder = threading.Thread(target=fifo.write_bytes, args=(b'{"prompt": "a", "number": 1}\n',))
+    feeder.start()
+    lines = complete(sources)
+    feeder.join()
+    writer = threading.Thread(target=written, args=(tmp_path / "o.parquet", lines, sources))
+    writer.daemon = True  # it would wait for someone to write to the pipe
+    writer.start()
+    writer.join(30)
+    assert not writer.is_alive()
+    assert pq.read_table(tmp_path / "o.parquet").column("number").to_pylist() == [1]
