@@ -51,6 +51,12 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     @property
+    def max_context(self) -> int:
+        """The longest sequence. YaRN is added to Qwen3 without a new max_position_embeddings."""
+        stretched = int(self.rope.factor * self.rope.original_max_position_embeddings)
+        return max(self.max_position_embeddings, stretched)
+
+    @property
     def num_parameters(self) -> int:
         """Weights in all, the tied embedding counted once."""
         attention = (self.num_attention_heads + self.num_key_value_heads) * 2 * self.head_dim
@@ -188,5 +194,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise UserError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at "
+                "most 1"
+            )
         if self.block_size not in (16, 32, 64, 128, 256):
             raise UserError(f"block_size is {self.block_size}", "Choose 16, 32, 64, 128 or 256.")

@@ -35,6 +35,7 @@ class Engine:
         resolved = resolve(config, model_config)
         runner = CpuRunner if resolved.device == "cpu" else GpuRunner
         self._runner: Runner = runner(model, resolved)
+        self.device = resolved.device
         self.num_blocks = self._runner.num_blocks
         # One block is scratch. A small cache shortens what can be asked for.
         longest = (self.num_blocks - 1) * resolved.block_size

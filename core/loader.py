@@ -23,7 +23,10 @@ def weight_files(path: Path) -> list[Path]:
     """The checkpoint's safetensors files: those its index names, else all there are."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is no index of tensors: {error!r}") from None
         files = [path / name for name in names]
         missing = [file.name for file in files if not file.exists()]
         if missing:

@@ -40,7 +40,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     if device == "cuda":
         _check_gpu()
     is_gpu = device == "cuda"
-    longest = model.max_position_embeddings
+    longest = model.max_context
     if (config.max_model_len or 1) > longest:
         raise UserError(
             f"max_model_len is {config.max_model_len}; the model was made for {longest}",

@@ -123,7 +123,7 @@ class Scheduler:
         return None
 
     def _unknown_token(self, token_ids: Seq[int] | TokenIds) -> int | None:
-        ids = np.asarray(token_ids, dtype=np.int64)
+        ids = np.asarray(token_ids)
         unknown = ids[(ids < 0) | (ids >= self._vocab_size)]
         return int(unknown[0]) if len(unknown) else None
 

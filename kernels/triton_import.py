@@ -28,7 +28,6 @@ else:
     triton = tl = _Absent()
 
 
-
 def runs_on_triton(x: torch.Tensor) -> bool:
     """Whether `x` is where a kernel runs: on a GPU, or anywhere under the interpreter."""
     return x.is_cuda or _IS_INTERPRETED
