@@ -124,7 +124,7 @@ class GpuRunner:
         num_rows = OUT_ROWS_BEFORE_TOKENS + num_steps
         host = torch.empty((num_rows, num_seqs), dtype=torch.int32, pin_memory=True)
         host.copy_(self._out[:num_rows, :num_seqs].contiguous(), non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         return GpuLaunch(done, host)
 

@@ -24,7 +24,6 @@ import torch
 
 from nanovllm_cli.kernels.triton_import import tl, triton
 
-
 # On one H200, bf16, head_dim 128: 64 positions a tile, 4 warps and 3 stages take 70 KB of shared
 # memory and 112 registers a thread, so that three programs share a multiprocessor. One alone has
 # enough loads in flight for full bandwidth; the others hide its start and its end.

@@ -241,7 +241,7 @@ def bisect(
         count, mass = count_and_mass_above(
             row_ptr, vocab_size, middle, temperature, best, KEY_SHIFT, TILE_ROWS, TILE_COLUMNS
         )
-        if BY_MASS:
+        if BY_MASS:  # noqa: SIM108 (a constexpr branch: only one of the two is compiled)
             is_less = mass < limit
         else:
             is_less = count < limit

@@ -32,7 +32,7 @@ def qk_norm_rope_store_reference(
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     heads = qkv.view(len(qkv), -1, head_dim)
     num_heads = heads.shape[1] - 2 * num_kv_heads
-    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     cos, sin = cos[positions.long()], sin[positions.long()]
     k = rotary_reference(rms_norm_reference(k, k_weight, eps), cos, sin)
     kv_store_reference(k, v, k_cache, v_cache, slot_mapping)
@@ -145,13 +145,13 @@ def qk_norm_rope_store(
     assert head_dim in (64, 128), f"head_dim {head_dim}: not 64 or 128"
     assert qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim, f"qkv is {qkv.shape}"
     assert q_weight.shape == k_weight.shape == (head_dim,), "the weights are not of one head"
-    assert cos.shape == sin.shape and cos.shape[1] == head_dim // 2, f"cos is {cos.shape}"
+    assert cos.shape[1:] == sin.shape[1:] == (head_dim // 2,), f"cos is {cos.shape}"
     assert positions.shape == slot_mapping.shape == (num_tokens,), f"{positions.shape} positions"
     assert cos.dtype == sin.dtype == torch.float32, "cos and sin are not fp32"
     assert positions.dtype == torch.int32, f"positions are {positions.dtype}"
     assert slot_mapping.dtype == torch.int64, f"slot_mapping is {slot_mapping.dtype}"
     assert k_cache.shape == v_cache.shape, f"{k_cache.shape} != {v_cache.shape}"
-    tensors = (qkv, q_weight, k_weight, k_cache, v_cache)
+    tensors: tuple[Tensor, ...] = (qkv, q_weight, k_weight, k_cache, v_cache)
     assert all(t.dtype == qkv.dtype for t in tensors), "the tensors differ in dtype"
     tensors += (cos, sin, positions, slot_mapping)
     assert all(t.is_contiguous() for t in tensors), "a tensor is not contiguous"

@@ -9,8 +9,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -208,6 +209,8 @@ def generate_command(
     """
 
     def job() -> ExitCode:
+        if kv_cache_memory is not None and not 0 < kv_cache_memory < float("inf"):
+            raise UserError(f"--kv-cache-memory is {kv_cache_memory}; it must be above 0")
         chosen = {
             "temperature": temperature,
             "top_p": top_p,
@@ -217,6 +220,11 @@ def generate_command(
             "min_tokens": min_tokens,
             "ignore_eos": ignore_eos or None,
         }
+        sampling: dict[str, Any] = {
+            name: value for name, value in chosen.items() if value is not None
+        }
+        if top_k in (-1, 0):
+            sampling["top_k"] = None  # over the model's default
         options = GenerateOptions(
             inputs=inputs,
             output=output,
@@ -247,7 +255,7 @@ def generate_command(
                 messages_column=messages_column,
                 id_column=id_column,
             ),
-            sampling={name: value for name, value in chosen.items() if value is not None},
+            sampling=sampling,
             n=n,
             stop=tuple(stop),
             seed=seed,
@@ -330,13 +338,19 @@ def doctor_command(
     json: bool = typer.Option(False, "--json", help="One JSON document on stdout."),
 ) -> None:
     """Say what this machine can run, and with which kernels."""
-    from .doctor import doctor
 
-    doctor(as_json=json)
+    def job() -> ExitCode:
+        from .doctor import doctor
+
+        return doctor(as_json=json)
+
+    raise typer.Exit(_run_job(job, debug=False))
 
 
 def main() -> NoReturn:
     """The `nanovllm` command."""
+    if sys.stderr is None:  # closed (2>&-); what is meant for it must not go to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         exit_code = app(standalone_mode=False)
     except UserError as error:  # of --config, before a command runs
@@ -346,7 +360,13 @@ def main() -> NoReturn:
         if not hasattr(error, "format_message"):
             raise
         hint = "nanovllm --help lists the commands, nanovllm generate --help the flags."
-        exit_code = _report(error.format_message(), hint, ExitCode.USAGE)
+        exit_code = ExitCode.USAGE
+        if message := error.format_message():  # empty where the help was shown instead
+            exit_code = _report(message, hint, ExitCode.USAGE)
+    try:
+        sys.stderr.flush()
+    except OSError:  # full: Python would try again when it ends, and make the exit code 120
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     sys.exit(exit_code)
 
 
@@ -381,7 +401,8 @@ def _exit_code_of(error: UserError) -> ExitCode:
 
 
 def _report(message: str, hint: str | None, exit_code: ExitCode) -> ExitCode:
-    print(f"error: {message}", file=sys.stderr)
-    if hint is not None:
-        print(f"\nhint: {hint}", file=sys.stderr)
+    with suppress(OSError):  # whether or not it can be read, the exit code says it too
+        print(f"error: {message}", file=sys.stderr)
+        if hint is not None:
+            print(f"\nhint: {hint}", file=sys.stderr)
     return exit_code

@@ -16,6 +16,7 @@ from nanovllm_cli import __version__
 
 from .exit_code import CommandError, ExitCode
 from .models import SHORT_NAMES, resolve_model
+from .writer import io_errors
 
 _PACKAGES = ("torch", "triton", "flash-attn", "transformers", "safetensors", "pyarrow")
 
@@ -24,7 +25,9 @@ def doctor(*, as_json: bool) -> ExitCode:
     """Report on stdout: a table for people, or one JSON document."""
     report = _report()
     if as_json:
-        sys.stdout.buffer.write(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+        with io_errors("standard output"):
+            sys.stdout.buffer.write(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+            sys.stdout.flush()
         return ExitCode.OK
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in report.items():
@@ -33,7 +36,8 @@ def doctor(*, as_json: bool) -> ExitCode:
         elif isinstance(value, list):
             value = "\n".join(map(str, value)) or "none"
         table.add_row(name.replace("_", " "), str(value))
-    Console().print(table, highlight=False)
+    with io_errors("standard output"):
+        Console().print(table, highlight=False)
     return ExitCode.OK
 
 

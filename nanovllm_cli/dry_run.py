@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -9,9 +10,10 @@ from rich.table import Table
 from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.matmul_rate import cpu_matmul_rate
 from nanovllm_cli.core.resolved_config import resolve
+from nanovllm_cli.core.sampling_params import SamplingParams
 
 from .exit_code import ExitCode
-from .feeder import to_prompts, tokenize
+from .feeder import TokenizedPrompt, to_prompts, tokenize
 from .models import default_sampling, resolve_model
 from .options import GenerateOptions
 from .pipeline import load_tokenizer, try_first_rows
@@ -37,10 +39,10 @@ def dry_run(options: GenerateOptions) -> ExitCode:
             if isinstance(fed, BadRow):
                 errors[fed.code] += 1
                 continue
-            length = len(fed.token_ids)
-            if length >= engine.max_model_len:
-                errors["prompt_too_long"] += 1
+            if code := _refusal(fed, defaults, engine.max_model_len, model.vocab_size):
+                errors[code] += 1
                 continue
+            length = len(fed.token_ids)
             num_rows += 1
             num_prompt_tokens += length
             most = _max_tokens(
@@ -69,6 +71,21 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     if not options.quiet:
         Console(file=sys.stderr).print(table, highlight=False)
     return ExitCode.SOME_ROWS_FAILED if errors and not options.allow_errors else ExitCode.OK
+
+
+def _refusal(
+    fed: TokenizedPrompt, defaults: dict[str, Any], max_model_len: int, vocab_size: int
+) -> str | None:
+    """The code with which the job would fail the row."""
+    if len(fed.token_ids) >= max_model_len:
+        return "prompt_too_long"
+    if max(fed.token_ids, default=vocab_size) >= vocab_size:
+        return "bad_token_ids"
+    try:
+        sampling = SamplingParams(**{**defaults, **fed.prompt.sampling})
+    except ValueError:
+        return "bad_parameter"
+    return "bad_parameters" if max(sampling.stop_token_ids, default=0) >= vocab_size else None
 
 
 def _max_tokens(prompt: Prompt, default: int | None, room: int) -> int:

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,7 @@ from .rows import BadRow, Row
 from .tokenizer import PromptTokenizer, TemplateError
 
 _ROWS_AT_ONCE = 256
+_CLOSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,9 +112,13 @@ class Feeder:
         return self._is_done and not self._taken
 
     def close(self) -> None:
-        """Stop the thread; rows not yet taken are dropped."""
+        """Stop the thread; rows not yet taken are dropped.
+
+        A thread that waits for stdin cannot be woken; it is left to end with the process.
+        """
         self._is_closed.set()
-        while self._thread.is_alive():
+        give_up = time.monotonic() + _CLOSE_SECONDS
+        while self._thread.is_alive() and time.monotonic() < give_up:
             while not self._queue.empty():
                 self._queue.get_nowait()
             self._thread.join(0.01)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nanovllm_cli.core.errors import UserError
+from nanovllm_cli.core.errors import ModelError, UserError
 
 from .exit_code import CommandError, ExitCode
 
@@ -57,11 +57,17 @@ def resolve_model(name: str, revision: str | None = None, *, offline: bool = Fal
 
 
 def default_sampling(path: Path) -> dict[str, Any]:
-    """What the checkpoint's generation_config.json says of sampling; greedy if it does not draw."""
+    """What the checkpoint's generation_config.json says of sampling; greedy if it does not draw.
+
+    Raises ModelError.
+    """
     file = path / "generation_config.json"
     if not file.exists():
         return {}
-    content = json.loads(file.read_bytes())
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from None
     fields = ("temperature", "top_k", "top_p", "min_p")
     sampling = {name: content[name] for name in fields if content.get(name) is not None}
     if content.get("do_sample") is False:

@@ -42,6 +42,7 @@ class GenerateOptions:
         for name, value, is_good, limit in (
             ("format", self.format, self.format in ("auto", "openai"), "auto or openai"),
             ("n", self.n, 1 <= self.n <= MAX_SAMPLES, f"1 to {MAX_SAMPLES}"),
+            ("stop", list(self.stop), all(self.stop), "texts that are not empty"),
             ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
             ("limit", self.limit, (self.limit or 1) >= 1, "at least 1"),
             ("max-inflight", self.max_inflight, (self.max_inflight or 1) >= 1, "at least 1"),

@@ -21,22 +21,22 @@ class JobOutput:
         self._stats_path: Path | None = None
         self._rows: FileWriter | StreamWriter
         self._errors: FileWriter | StreamWriter
-        if options.output == "-":
-            self._rows = StreamWriter(sys.stdout.buffer, is_ordered=not options.unordered)
-        else:
-            path = Path(options.output)
-            if path.exists() and not options.overwrite:
-                raise CommandError(
-                    f"{path} exists already",
-                    "Name another file with -o, or add --overwrite: it is replaced when the job "
-                    "is done.",
-                    exit_code=ExitCode.OUTPUT_EXISTS,
-                )
-            self._rows = FileWriter(path, sources)
-            self._stats_path = path.with_name(path.name + ".stats.json")
         errors = options.errors
         if errors is None and options.output != "-":
             errors = f"{options.output}.errors.jsonl"
+        _check_paths(options, errors)
+        if options.output == "-":
+            if sys.stdout is None:
+                raise CommandError(
+                    "standard output is closed",
+                    "Name a file with -o.",
+                    exit_code=ExitCode.PIPE_CLOSED,
+                )
+            self._rows = StreamWriter(sys.stdout.buffer, is_ordered=not options.unordered)
+        else:
+            path = Path(options.output)
+            self._rows = FileWriter(path, sources)
+            self._stats_path = path.with_name(path.name + ".stats.json")
         if errors is None:
             self._errors = StreamWriter(sys.stderr.buffer, is_ordered=False)
         else:
@@ -73,3 +73,25 @@ class JobOutput:
         """Let go of the files; what was not published stays invisible."""
         self._rows.close()
         self._errors.close()
+
+
+def _check_paths(options: GenerateOptions, errors: str | None) -> None:
+    """Raise CommandError where a job would replace what it must not."""
+    named = [name for name in (options.output, errors) if name not in ("-", None)]
+    paths = [Path(name) for name in named if name is not None]
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise CommandError("--output and --errors name the same file", "Name another one.")
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise CommandError(
+                f"{path} is no regular file",
+                "Outputs are published by a rename, which would replace it; write to stdout (-).",
+            )
+    is_default = options.errors is None  # an old errors file goes with the output it belongs to
+    for path in paths[:1] if is_default else paths:
+        if path.exists() and not options.overwrite:
+            raise CommandError(
+                f"{path} exists already",
+                "Name another file, or add --overwrite: it is replaced when the job is done.",
+                exit_code=ExitCode.OUTPUT_EXISTS,
+            )

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -15,13 +16,24 @@ _LINE_SECONDS = 30.0
 _BAR_SECONDS = 0.1
 
 
+class _Stderr(Console):
+    """A console on stderr, which may be full or closed: no job fails for what it does not show."""
+
+    def __init__(self) -> None:
+        super().__init__(file=sys.stderr)
+
+    def on_broken_pipe(self) -> None:
+        """Instead of rich's way: to close stdout, and to exit."""
+        self.quiet = True
+
+
 class Progress:
     """Shows `totals` while a job runs; with `quiet` nothing at all."""
 
     def __init__(self, totals: Totals, *, quiet: bool) -> None:
         self._totals = totals
         self._quiet = quiet
-        self._console = Console(file=sys.stderr)
+        self._console = _Stderr()
         self._is_bar = self._console.is_terminal and not quiet
         self._next = time.monotonic() + (_BAR_SECONDS if self._is_bar else _LINE_SECONDS)
         self._bar = RichProgress(
@@ -67,7 +79,8 @@ class Progress:
     def say(self, line: str) -> None:
         """One line to stderr, markup and wrapping off."""
         if not self._quiet:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            with suppress(OSError):
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """The closing table."""
@@ -86,7 +99,8 @@ class Progress:
         )
         seconds = ", ".join(f"{k} {v:.1f}" for k, v in stats["phases_seconds"].items())
         table.add_row("seconds", f"{stats['elapsed_seconds']:.1f} in all: {seconds}")
-        self._console.print(table, highlight=False)
+        with suppress(OSError):
+            self._console.print(table, highlight=False)
 
     def _counts(self) -> str:
         expected = self._totals.num_expected_rows

@@ -6,6 +6,8 @@ cache depends on what ran before.
 """
 
 import base64
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from .rows import BadRow
 
 Shape = Literal["columns", "openai"]
 RESULT_COLUMNS = ("completion", "completions", "reasoning", "finish_reason", "usage")
+_STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]')  # of JSON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +62,32 @@ def error_line(row: BadRow) -> bytes:
 def _join(prompt: Prompt, result: dict[str, Any]) -> bytes:
     """The row's columns as they stand, then the result's; a column of a result's name gives way."""
     row = prompt.row
-    fields = orjson.dumps(result)
-    if row.raw is None or any(name in row.columns for name in RESULT_COLUMNS):
+    if row.raw is None:
         columns = {k: v for k, v in row.columns.items() if k not in RESULT_COLUMNS}
         return orjson.dumps({**columns, **result}, default=_to_json)
     # Not parsed and written again: numbers and escapes stay as they were given.
-    return row.raw.rstrip()[:-1].rstrip() + b"," + fields[1:]
+    members = row.raw.strip()[1:-1].rstrip()
+    if any(name in row.columns for name in RESULT_COLUMNS):
+        members = b",".join(_members(members, without=RESULT_COLUMNS))
+    fields = orjson.dumps(result)
+    return b"{" + members + b"," + fields[1:] if members else fields
+
+
+def _members(content: bytes, *, without: tuple[str, ...]) -> Iterator[bytes]:
+    """The members of a JSON object that is known to be valid, as they are written."""
+    depth = start = 0
+    for match in _STRUCTURE.finditer(content + b","):
+        if match[0] in b"[{":
+            depth += 1
+        elif match[0] in b"]}":
+            depth -= 1
+        elif match[0] == b"," and depth == 0:
+            member = content[start : match.start()]
+            key = _STRUCTURE.search(member)
+            assert key is not None, "a member begins with its name"
+            if orjson.loads(key[0]) not in without:
+                yield member
+            start = match.end()
 
 
 def _to_json(value: object) -> object:

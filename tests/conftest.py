@@ -84,7 +84,8 @@ def run_engine() -> RunEngine:
     """A function that runs requests to their ends: request id -> Completion or Failure."""
 
     def run(engine: Engine, requests: Iterable[Request]) -> dict[int, Completion | Failure]:
-        outputs = [failure for r in requests if (failure := engine.add(r)) is not None]
+        outputs: list[Completion | Failure] = []
+        outputs += [failure for r in requests if (failure := engine.add(r)) is not None]
         while engine.has_work:
             outputs += [o for o in engine.step() if isinstance(o, Completion | Failure)]
         ended = {output.request_id: output for output in outputs}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
 from nanovllm_cli.core.config import EngineConfig
@@ -20,7 +21,7 @@ from nanovllm_cli.totals import Totals
 
 
 def prompt_of(raw: bytes, index: int = 0) -> Prompt:
-    row = Row(index=index, source="in.jsonl", line=index + 1, raw=raw, columns=json.loads(raw))
+    row = Row(index=index, source="in.jsonl", line=index + 1, raw=raw, columns=orjson.loads(raw))
     prompt = to_prompt(row, PromptOptions())
     assert isinstance(prompt, Prompt), prompt
     return prompt
@@ -244,9 +245,7 @@ def test_a_failed_sample_fails_its_row_once_and_ends_the_others() -> None:
 
 def test_a_row_that_the_engine_refuses_fails_at_once() -> None:
     def script(request: Request) -> list[Output]:
-        refused = Failure(
-            request_id=request.request_id, code="prompt_too_long", message="too long"
-        )
+        refused = Failure(request_id=request.request_id, code="prompt_too_long", message="too long")
         return [refused] if request.request_id // 1024 == 1 else [completed(request, "x")]
 
     engine, output, _ = run_job([b'{"prompt": "a", "id": 5}'] * 3, script, n=2)
@@ -287,9 +286,7 @@ def test_no_more_rows_are_taken_in_than_may_be_in_flight() -> None:
     )
     assert engine.most_waiting == 6
     assert sorted(output.rows) == [*range(6)]
-    engine, _, _ = run_job(
-        [b'{"prompt": "a"}'] * 20, lambda r: [completed(r, "x")], max_inflight=3
-    )
+    engine, _, _ = run_job([b'{"prompt": "a"}'] * 20, lambda r: [completed(r, "x")], max_inflight=3)
     assert engine.most_waiting == 3
 
 
@@ -340,9 +337,9 @@ def test_a_rows_own_seed_gives_the_same_wherever_the_row_stands() -> None:
 
 def test_seeds_stay_what_they_are_from_version_to_version() -> None:
     # Old outputs are to be made again: change these numbers only with a note to the users.
-    assert sample_seed(0, 0, None, 0) == 0
-    assert sample_seed(5, 3, None, 1) == 0
-    assert sample_seed(0, 0, 42, 0) == 0
+    assert sample_seed(0, 0, None, 0) == 8376124999220038186
+    assert sample_seed(5, 3, None, 1) == 13167257988374884115
+    assert sample_seed(0, 0, 42, 0) == 1523174729521592341
 
 
 EXACT = (
@@ -360,15 +357,28 @@ def test_a_rows_columns_travel_as_they_were_written(end: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["completion", "completions", "reasoning", "usage"])
 def test_a_column_of_a_results_name_gives_way_and_the_others_keep_their_values(name: str) -> None:
-    raw = EXACT[:-1] + b', "%s": {"old": 1}, "after": 18446744073709551616}' % name.encode()
+    after = b' "a\\"},{\\\\" : [{"b": "]},"}, [1.10]] , "after": 18446744073709551616'
+    raw = EXACT[:-1] + b', "%s": {"old": [1, {}], "x": "}"},' % name.encode() + after + b" }"
     line = line_of(raw)
+    assert line.startswith(EXACT[:-1] + b"," + after + b',"completion":"0"')
     assert b"old" not in line
     assert line.count(b'"%s":' % name.encode()) == (name != "completions")
-    row, before = json.loads(line), json.loads(raw)
-    del before[name]
-    assert {column: row[column] for column in before} == before
-    assert [column for column in row if column in before] == [*before]
-    assert row["completion"] == "0"
+    json.loads(line)
+
+
+def test_a_row_may_have_no_other_columns_than_those_that_give_way() -> None:
+    raw = b'{ "completion": "Once upon" }'
+    row = Row(index=0, source="in.jsonl", line=1, raw=raw, columns=orjson.loads(raw))
+    prompt = to_prompt(row, PromptOptions(prompt_column="completion"))
+    assert isinstance(prompt, Prompt)
+    line = result_line(prompt, [sample()], 5, shape="columns", model="m")
+    assert list(json.loads(line)) == ["completion", "reasoning", "finish_reason", "usage"]
+
+
+def test_a_deep_column_does_not_stop_a_job() -> None:
+    deep = b'{"prompt": "a", "usage": 1, "deep": ' + b"[" * 1000 + b"]" * 1000 + b"}"
+    line = line_of(deep)
+    assert line.startswith(deep.replace(b' "usage": 1,', b"")[:-1] + b',"completion"')
 
 
 def test_a_results_name_in_escapes_gives_way_too() -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def sharded(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
     return Path(shutil.copytree(make_checkpoint(max_shard_size="30KB"), tmp_path / "many"))
 
 
-def load(path: Path, **config: str) -> Qwen3:
+def load(path: Path, **config: Any) -> Qwen3:
     model = build_model(ModelConfig.from_directory(path), EngineConfig(**config))
     with torch.no_grad():
         for parameter in model.parameters():

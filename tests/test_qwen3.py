@@ -12,6 +12,7 @@ from transformers import Qwen3ForCausalLM
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.engine import Engine, build_model
 from nanovllm_cli.core.loader import load_weights
+from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.request import Completion, Failure, Request
 from nanovllm_cli.core.sampling_params import SamplingParams
 
@@ -51,7 +52,7 @@ ROPES: list[dict[str, Any]] = [
 ]
 
 
-def load(path: Path, **config: Any) -> tuple[Engine, nn.Module]:
+def load(path: Path, **config: Any) -> tuple[Engine, Qwen3]:
     """An engine on one thread, and its model."""
     engine_config = EngineConfig(num_threads=1, **{"block_size": 16, **config})
     model = build_model(ModelConfig.from_directory(path), engine_config)

@@ -209,6 +209,27 @@ def test_a_row_draws_the_same_token_alone_and_in_any_batch(vocab_size: int) -> N
     assert torch.equal(shuffled, together[order])
 
 
+def test_a_top_p_at_the_very_edge_of_a_token_keeps_the_same_in_any_batch() -> None:
+    # Sums of a row and of the same row with zeros behind it may differ in the last bit.
+    vocab_size, num_rows = 3000, 400
+    logits = random_logits(num_rows, vocab_size)
+    ranked = logits.sort(dim=1, descending=True).values[:, :50]
+    cumulative = (ranked - ranked[:, :1]).exp().cumsum(dim=1)
+    index = torch.arange(num_rows) % 20 + 1
+    edges = cumulative.gather(1, index.unsqueeze(1))[:, 0] / cumulative[:, -1]
+    rows: list[Settings] = [{"top_k": 50, "top_p": edge} for edge in edges.tolist()]
+    wide: list[Settings] = [{}]
+    narrow_given, wide_given = columns(rows, vocab_size), columns(rows + wide, vocab_size)
+    filters = ("top_k", "top_p", "min_p")
+    _, narrow = _filter(logits, *(narrow_given[name] for name in filters))
+    wider = torch.cat((logits, logits[:1]))
+    _, together = _filter(wider, *(wide_given[name] for name in filters))
+    assert narrow.shape[1] < together.shape[1] == vocab_size
+    num_kept = narrow.isfinite().sum(dim=1)
+    assert torch.equal(num_kept, together[:-1].isfinite().sum(dim=1))
+    assert set((num_kept - index).tolist()) <= {1, 2}, "these were no edges"
+
+
 def test_a_tie_of_noisy_logits_goes_to_the_lowest_id_in_any_batch() -> None:
     # With seed 2 token 2 has more noise than token 5, and reaches the same sum from a lower logit.
     # About one draw in a million is such a tie.
