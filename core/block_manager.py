@@ -143,14 +143,13 @@ class BlockManager:
                 continue
             parent = self._contents[block_table[index - 1]] if index else _ROOT
             tokens = self._tokens_of(token_ids, index)
-            first_id = self._block_of_hash.setdefault(block_hash, block_id)
-            twin = self._contents[first_id]
+            twin_id = self._block_of_hash.get(block_hash)
+            twin = self._contents[twin_id] if twin_id is not None else None
             if parent is None or (twin and (twin.tokens, twin.parent_id) != (tokens, parent.id)):
-                if first_id == block_id:
-                    del self._block_of_hash[block_hash]
                 break  # a collision here or before: this content can not be found
             content_id = twin.id if twin else next(self._content_ids)
             self._contents[block_id] = _Content(block_hash, tokens, content_id, parent.id)
+            self._block_of_hash.setdefault(block_hash, block_id)
 
     def _tokens_of(self, token_ids: TokenIds, index: int) -> bytes:
         start = index * self.block_size

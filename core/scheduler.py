@@ -58,7 +58,8 @@ class Scheduler:
     ) -> None:
         self._block_manager = block_manager
         self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
+        # One outside the vocabulary is never drawn, and indexes no logit.
+        self._eos_token_ids = tuple(i for i in eos_token_ids if 0 <= i < vocab_size)
         self._max_model_len = max_model_len
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_window_steps = max_window_steps
@@ -187,8 +188,9 @@ class Scheduler:
             budget -= num_tokens
             sequence.num_computed_tokens += num_tokens
             is_last = sequence.num_computed_tokens == sequence.num_tokens
-            sequence.num_in_flight_tokens = 1 if is_last else 0
+            sequence.num_in_flight_tokens += is_last
             self._chunked = None if is_last else sequence
+            # Before it is computed: launches run in order, and store before they read.
             self._publish(sequence)
         if not scheduled:
             return None
