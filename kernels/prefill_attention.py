@@ -1,10 +1,10 @@
 """Prefill attention: packed new tokens attend to their own past in the pages, cached prefixes too.
 
-    out[t, h] = softmax(head_dim ** -0.5 * q[t, h] . k[: p + 1, h // group]) . v[: p + 1, h // group]
+    out[t, h] = softmax(head_dim ** -0.5 * q[t, h] . k[:n, h // group]) . v[:n, h // group]
 
-for the token t at position p of its sequence. The loop is FlashAttention-2's (arXiv 2307.08691):
-tiles of queries stay, tiles of keys and values pass, with an online softmax in fp32. The heads of
-a group share their K and V, so a tile holds all of them: a row is a (token, head of the group).
+for the token t at position n - 1 of its sequence. The loop is FlashAttention-2's (arXiv
+2307.08691): tiles of queries stay, tiles of keys and values pass, with an online softmax in fp32.
+The heads of a group share their K and V, so a tile holds them all: a row is a (token, head).
 """
 
 import torch
@@ -16,6 +16,35 @@ BLOCK_M = 128  # rows of a tile: tokens times heads of a group
 NUM_WARPS = 8
 NUM_STAGES = 2
 _LOG2_E = 1.4426950408889634
+
+
+def prefill_attention_reference(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    slots: Tensor,
+    cu_seqlens_q: Tensor,
+    start_positions: Tensor,
+) -> Tensor:
+    """The meaning of `prefill_attention`, one sequence after the other, in fp32."""
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    out = torch.zeros_like(q)
+    ends = cu_seqlens_q.tolist()
+    for row, slot in enumerate(slots.tolist()):
+        begin, end, start = ends[row], ends[row + 1], int(start_positions[row])
+        kv_len = start + end - begin
+        blocks = block_tables[slot, : triton.cdiv(kv_len, block_size)].long()
+        k = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :kv_len].float()
+        v = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :kv_len].float()
+        k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=0) for x in (k, v))
+        scores = q[begin:end].float().transpose(0, 1) @ k.transpose(1, 2) * head_dim**-0.5
+        positions = torch.arange(start, kv_len, device=q.device)
+        is_future = torch.arange(kv_len, device=q.device) > positions[:, None]
+        probabilities = scores.masked_fill(is_future, -torch.inf).softmax(dim=-1)
+        out[begin:end] = (probabilities @ v).transpose(0, 1).to(q.dtype)
+    return out
 
 
 @triton.jit

@@ -165,7 +165,8 @@ def generate_command(
         help="Share of the GPU's memory to use.",
     ),
     enforce_eager: bool = option(
-        False, "--enforce-eager", panel=_ENGINE, help="No CUDA graphs: a quicker start, slower steps."
+        False, "--enforce-eager", panel=_ENGINE,
+        help="No CUDA graphs: a quicker start, slower steps.",
     ),
     block_size: int = option(
         _ENGINE_DEFAULTS.block_size, "--block-size", panel=_ENGINE,

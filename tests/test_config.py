@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config
 
 from nanovllm_cli.core.config import EngineConfig, ModelConfig, RopeConfig
-from nanovllm_cli.core.resolved_config import resolve
 from nanovllm_cli.core.errors import ModelError, UserError
+from nanovllm_cli.core.resolved_config import resolve
 from nanovllm_cli.core.sampling_params import SamplingParams
 
 MakeCheckpoint = Callable[..., Path]
