@@ -138,6 +138,7 @@ def test_a_draw_from_filtered_tokens_is_the_references(
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [{"top_k": 7}, {"top_p": 0.4}, {"top_k": 30, "top_p": 0.5}])
 def test_of_tied_tokens_the_first_are_kept(columns: dict[str, float], dtype: torch.dtype) -> None:
