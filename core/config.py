@@ -165,19 +165,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """How the engine runs. None means: chosen for the machine and the model at start."""
+    """How the engine runs. None means: chosen for machine and model at start."""
 
-    device: Device = "auto"
+    device: Device = "auto"  # a GPU where there is one
     dtype: DType = "auto"  # bfloat16 on a GPU, float32 on a CPU
     max_model_len: int | None = None  # None: what the model was made for
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 8192
+    max_num_seqs: int | None = None  # None: 64 on a CPU, 1024 on a GPU
+    max_num_batched_tokens: int | None = None  # None: 8192 on a CPU, 16384 on a GPU
     block_size: int = 64
     kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.92
     enable_prefix_caching: bool = True
-    max_window_steps: int | None = None  # decode steps a launch; None: 4 on a CPU
+    enforce_eager: bool = False  # no captured steps on a GPU
+    max_window_steps: int | None = None  # decode steps a launch; None: 4 on a CPU, 32 on a GPU
+    max_launches_in_flight: int | None = None  # not yet read; None: 0 on a CPU, 1 on a GPU
     num_threads: int | None = None  # on a CPU; None: one for each core
-    max_launches_in_flight: int = 0  # launches whose tokens the host has not read yet
     hash_bits: int = 64  # of a prefix hash; small ones only to test collisions
 
     def __post_init__(self) -> None:
@@ -192,5 +194,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise UserError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be above 0, at "
+                "most 1"
+            )
         if self.block_size not in (16, 32, 64, 128, 256):
             raise UserError(f"block_size is {self.block_size}", "Choose 16, 32, 64, 128 or 256.")

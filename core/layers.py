@@ -4,13 +4,14 @@ A layer only holds its weight and picks the implementation for the device it lie
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from nanovllm_cli.core.config import RopeConfig
-from nanovllm_cli.kernels.linear import linear_reference
-from nanovllm_cli.kernels.rms_norm import rms_norm_reference
+from nanovllm_cli.kernels.linear import linear
+from nanovllm_cli.kernels.rms_norm import add_rms_norm
 
 
 class Linear(nn.Module):
@@ -26,7 +27,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [num_rows, in_features] -> [num_rows, sum(out_features)]."""
-        return linear_reference(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Module):
@@ -49,20 +50,28 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., size] -> the same."""
-        return rms_norm_reference(x, self.weight, self.eps)
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual += x in place; returns the norm of it. Both [num_rows, size]."""
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
-def rotary_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class RotaryTables:
     """cos and sin of every position's angles: fp32 [num_positions, head_dim / 2] each."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_tables(rope: RopeConfig, head_dim: int, num_positions: int) -> RotaryTables:
+    """The tables on the current default device; fp32 whatever the weights' dtype is."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / (rope.theta**exponents)
     scale = 1.0
     if rope.rope_type == "yarn":
         frequencies, scale = _yarn(rope, frequencies, head_dim)
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
-    return angles.cos() * scale, angles.sin() * scale
+    return RotaryTables(angles.cos() * scale, angles.sin() * scale)
 
 
 def _yarn(rope: RopeConfig, frequencies: Tensor, head_dim: int) -> tuple[Tensor, float]:

@@ -7,11 +7,11 @@ grouped queries, an RMSNorm on every q and k head, and rotary positions; the MLP
 import torch
 from torch import Tensor, nn
 
-from nanovllm_cli.core.attention import AttentionMetadata, KVCache, attend
+from nanovllm_cli.core.attention import AttentionPlan, KVCache
 from nanovllm_cli.core.config import ModelConfig
-from nanovllm_cli.core.layers import Embedding, Linear, RMSNorm, rotary_tables
-from nanovllm_cli.kernels.rotary import rotary_reference
-from nanovllm_cli.kernels.swiglu import swiglu_reference
+from nanovllm_cli.core.layers import Embedding, Linear, RMSNorm, RotaryTables, rotary_tables
+from nanovllm_cli.kernels.qk_norm_rope_store import qk_norm_rope_store
+from nanovllm_cli.kernels.swiglu import swiglu
 
 
 class Attention(nn.Module):
@@ -19,24 +19,30 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
         self.qkv_proj = Linear(config.hidden_size, q_size, kv_size, kv_size)
         self.o_proj = Linear(q_size, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache, metadata: AttentionMetadata
+        self, x: Tensor, rotary: RotaryTables, kv_cache: KVCache, attention: AttentionPlan
     ) -> Tensor:
         """x: [num_tokens, hidden_size] -> the same shape."""
-        heads = self.qkv_proj(x).view(len(x), -1, self.head_dim)
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q = rotary_reference(self.q_norm(q), cos, sin)
-        k = rotary_reference(self.k_norm(k), cos, sin)
-        out = attend(q, k, v, kv_cache, metadata)
-        return self.o_proj(out.flatten(1))
+        q = qk_norm_rope_store(
+            self.qkv_proj(x),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.q_norm.eps,
+            rotary.cos,
+            rotary.sin,
+            attention.positions,
+            attention.slot_mapping,
+            kv_cache.k,
+            kv_cache.v,
+        )
+        return self.o_proj(attention.attend(q, kv_cache).flatten(1))
 
 
 class MLP(nn.Module):
@@ -50,7 +56,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [num_tokens, hidden_size] -> the same shape."""
-        return self.down_proj(swiglu_reference(self.gate_up_proj(x)))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -62,11 +68,17 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache, metadata: AttentionMetadata
+        self,
+        x: Tensor,
+        residual: Tensor,
+        rotary: RotaryTables,
+        kv_cache: KVCache,
+        attention: AttentionPlan,
     ) -> Tensor:
-        """x: [num_tokens, hidden_size] -> the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv_cache, metadata)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        """x: [num_tokens, hidden_size], what the layer before adds to `residual` (in place)."""
+        x = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, rotary, kv_cache, attention)
+        return self.mlp(self.post_attention_layernorm.add(x, residual))
 
 
 class Qwen3(nn.Module):
@@ -81,19 +93,17 @@ class Qwen3(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        # Tables are fp32 whatever the weights' dtype, as Hugging Face computes them.
-        with torch.device("cpu"):
-            self.cos, self.sin = rotary_tables(config.rope, config.head_dim, max_model_len)
+        self.rotary = rotary_tables(config.rope, config.head_dim, max_model_len)
 
     def forward(
-        self, token_ids: Tensor, kv_caches: list[KVCache], metadata: AttentionMetadata
+        self, token_ids: Tensor, kv_caches: list[KVCache], attention: AttentionPlan
     ) -> Tensor:
-        """token_ids: int64 [num_tokens] -> hidden states [num_tokens, hidden_size], normalized."""
-        cos, sin = self.cos[metadata.positions], self.sin[metadata.positions]
+        """token_ids: int [num_tokens] -> hidden states [num_tokens, hidden_size], normalized."""
         x = self.embed_tokens(token_ids)
+        residual = torch.zeros_like(x)
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x = layer(x, cos, sin, kv_cache, metadata)
-        return self.norm(x)
+            x = layer(x, residual, self.rotary, kv_cache, attention)
+        return self.norm.add(x, residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [num_rows, hidden_size] -> [num_rows, vocab_size]."""

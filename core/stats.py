@@ -1,6 +1,6 @@
 """EngineStats: what the engine has done since its start."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(slots=True)
@@ -16,3 +16,13 @@ class EngineStats:
     num_preemptions: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+
+    def copy(self) -> "EngineStats":
+        """As it is now."""
+        return replace(self)
+
+    def since(self, earlier: "EngineStats") -> "EngineStats":
+        """What has come since `earlier`."""
+        return EngineStats(
+            **{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)}
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 MIN_TEMPERATURE = 1e-5  # below it, 0 included, is greedy; vLLM's limit too
-_LANE_TOKENS = 1024  # one counter serves four tokens, 1024 apart
+LANE_TOKENS = 1024  # one counter serves four tokens, 1024 apart
 
 
 def sample_reference(
@@ -76,10 +76,10 @@ def gumbel_noise_reference(token_ids: Tensor, seed: Tensor, position: Tensor) ->
 
     token_ids: int64 [num_rows, num_tokens]; seed, position: int64 [num_rows].
     """
-    group, within = token_ids // (4 * _LANE_TOKENS), token_ids % (4 * _LANE_TOKENS)
-    counter = group * _LANE_TOKENS + within % _LANE_TOKENS
+    group, within = token_ids // (4 * LANE_TOKENS), token_ids % (4 * LANE_TOKENS)
+    counter = group * LANE_TOKENS + within % LANE_TOKENS
     words = torch.stack(philox_reference(counter, position.unsqueeze(1), seed.unsqueeze(1)))
-    word = words.gather(0, (within // _LANE_TOKENS).unsqueeze(0)).squeeze(0)
+    word = words.gather(0, (within // LANE_TOKENS).unsqueeze(0)).squeeze(0)
     uniform = ((word.double() + 0.5) * 2.0**-32).float().clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
 

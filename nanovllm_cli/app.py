@@ -140,7 +140,8 @@ def generate_command(
     ),
     dtype: str = option(
         _ENGINE_DEFAULTS.dtype, "--dtype", panel=_MODEL,
-        metavar="auto|float32|bfloat16|float16", help="auto: float32 on a CPU.",
+        metavar="auto|float32|bfloat16|float16",
+        help="auto: bfloat16 on a GPU, float32 on a CPU.",
     ),
     offline: bool = option(
         False, "--offline", panel=_MODEL, help="Never ask the hub; as HF_HUB_OFFLINE=1."
@@ -148,13 +149,25 @@ def generate_command(
     max_model_len: int | None = option(
         None, "--max-model-len", panel=_ENGINE, help="Prompt and completion at most."
     ),
-    max_num_seqs: int = option(
-        _ENGINE_DEFAULTS.max_num_seqs, "--max-num-seqs", panel=_ENGINE,
-        help="Sequences that run at a time.",
+    device: str = option(
+        _ENGINE_DEFAULTS.device, "--device", panel=_ENGINE, metavar="auto|cpu|cuda",
+        help="auto: a GPU where there is one.",
     ),
-    max_num_batched_tokens: int = option(
-        _ENGINE_DEFAULTS.max_num_batched_tokens, "--max-num-batched-tokens", panel=_ENGINE,
-        help="Prompt tokens in one prefill.",
+    max_num_seqs: int | None = option(
+        None, "--max-num-seqs", panel=_ENGINE,
+        help="Sequences that run at a time; default: 1024 on a GPU, 64 on a CPU.",
+    ),
+    max_num_batched_tokens: int | None = option(
+        None, "--max-num-batched-tokens", panel=_ENGINE,
+        help="Prompt tokens in one prefill; default: 16384 on a GPU, 8192 on a CPU.",
+    ),
+    gpu_memory_utilization: float = option(
+        _ENGINE_DEFAULTS.gpu_memory_utilization, "--gpu-memory-utilization", panel=_ENGINE,
+        help="Share of the GPU's memory to use.",
+    ),
+    enforce_eager: bool = option(
+        False, "--enforce-eager", panel=_ENGINE,
+        help="No CUDA graphs: a quicker start, slower steps.",
     ),
     block_size: int = option(
         _ENGINE_DEFAULTS.block_size, "--block-size", panel=_ENGINE,
@@ -226,9 +239,12 @@ def generate_command(
             engine=EngineConfig(
                 dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
                 max_model_len=max_model_len,
+                device=device,  # type: ignore[arg-type]  # likewise
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 block_size=block_size,
+                gpu_memory_utilization=gpu_memory_utilization,
+                enforce_eager=enforce_eager,
                 kv_cache_bytes=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
                 enable_prefix_caching=not no_prefix_caching,
             ),
@@ -258,6 +274,63 @@ def generate_command(
         else:
             from .pipeline import generate as run
         return run(options)
+
+    raise typer.Exit(_run_job(job, debug=debug))
+
+
+@app.command("bench")
+def bench_command(
+    model: str = option(
+        GenerateOptions.model, "--model", "-m", panel=_MODEL, metavar="NAME",
+        help="Random weights where there is no checkpoint of Qwen3-0.6B ... Qwen3-32B.",
+    ),
+    workload: str = option(
+        "nano", "--workload", panel=_RUN,
+        metavar="NAME",
+        help="nano, decode-heavy, prefill-heavy, shared-prefix or short-answers.",
+    ),
+    repeats: int = option(3, "--repeats", panel=_RUN, help="Timed passes after a warm-up."),
+    temperature: float = option(0.6, "--temperature", panel=_RUN, help="0 is greedy."),
+    limit: int | None = option(
+        None, "--limit", panel=_RUN, metavar="ROWS", min=1, help="Only the first sequences."
+    ),
+    device: str = option(
+        _ENGINE_DEFAULTS.device, "--device", panel=_ENGINE, metavar="auto|cpu|cuda",
+        help="auto: a GPU where there is one.",
+    ),
+    max_num_seqs: int | None = option(
+        None, "--max-num-seqs", panel=_ENGINE, help="Sequences that run at a time."
+    ),
+    max_num_batched_tokens: int | None = option(
+        None, "--max-num-batched-tokens", panel=_ENGINE, help="Prompt tokens in one prefill."
+    ),
+    enforce_eager: bool = option(False, "--enforce-eager", panel=_ENGINE, help="No CUDA graphs."),
+    debug: bool = option(False, "--debug", panel=_RUN, help="Tracebacks for errors."),
+) -> None:  # fmt: skip
+    """Time a fixed workload: a table on stderr, one JSON document on stdout.
+
+    [bold]nanovllm bench --model Qwen3-0.6B[/bold]
+    """
+
+    def job() -> ExitCode:
+        from .bench import BenchOptions, bench
+
+        engine = EngineConfig(
+            device=device,  # type: ignore[arg-type]  # checked by EngineConfig
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enforce_eager=enforce_eager,
+        )
+        return bench(
+            BenchOptions(
+                model=model,
+                workload=workload,
+                repeats=repeats,
+                temperature=temperature,
+                limit=limit,
+                engine=engine,
+            )
+        )
 
     raise typer.Exit(_run_job(job, debug=debug))
 

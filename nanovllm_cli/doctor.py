@@ -50,11 +50,25 @@ def _report() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
-        "runs_on": "cpu",
-        "dtype": "float32",
-        "kernels": "plain PyTorch, the same bits in every batch",
+        **_choice(),
         "models_cached": [name for name in SHORT_NAMES if _is_cached(name)],
         "model_cache": constants.HF_HUB_CACHE,
+    }
+
+
+def _choice() -> dict[str, str]:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+        return {
+            "runs_on": "cuda",
+            "dtype": "bfloat16",
+            "attention": "Triton: split-KV decode, varlen prefill, both over pages",
+            "decode": "CUDA graphs",
+        }
+    return {
+        "runs_on": "cpu",
+        "dtype": "float32",
+        "attention": "plain PyTorch over pages, the same bits in every batch",
+        "decode": "eager",
     }
 
 

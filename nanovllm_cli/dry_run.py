@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanovllm_cli.core.config import ModelConfig
-from nanovllm_cli.core.engine import resolve_max_model_len
 from nanovllm_cli.core.matmul_rate import cpu_matmul_rate
+from nanovllm_cli.core.resolved_config import resolve
 from nanovllm_cli.core.sampling_params import SamplingParams
 
 from .exit_code import ExitCode
@@ -28,7 +28,7 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     rows = try_first_rows(read_rows(sources, limit=options.limit), options.prompt)
     path = resolve_model(options.model, options.revision, offline=options.offline)
     model = ModelConfig.from_directory(path)
-    max_model_len = resolve_max_model_len(model, options.engine)
+    engine = resolve(options.engine, model)
     defaults = default_sampling(path) | options.sampling
     tokenizer = load_tokenizer(options, path)
 
@@ -39,20 +39,20 @@ def dry_run(options: GenerateOptions) -> ExitCode:
             if isinstance(fed, BadRow):
                 errors[fed.code] += 1
                 continue
-            if code := _refusal(fed, defaults, max_model_len, model.vocab_size):
+            if code := _refusal(fed, defaults, engine.max_model_len, model.vocab_size):
                 errors[code] += 1
                 continue
             length = len(fed.token_ids)
             num_rows += 1
             num_prompt_tokens += length
-            most = _max_tokens(fed.prompt, defaults.get("max_tokens"), max_model_len - length)
+            most = _max_tokens(
+                fed.prompt, defaults.get("max_tokens"), engine.max_model_len - length
+            )
             num_completion_tokens += most * (fed.prompt.n or options.n)
             longest_prompt = max(longest_prompt, length)
             longest = max(longest, length + most)
 
-    kv_bytes = model.kv_bytes_per_token(4)
-    num_tokens = num_prompt_tokens + num_completion_tokens
-    seconds = 2 * model.num_parameters * num_tokens / cpu_matmul_rate()
+    kv_bytes = model.kv_bytes_per_token(4 if engine.dtype == "float32" else 2)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     failed = "".join(f", {count} {code}" for code, count in errors.items())
     table.add_row("rows", f"{num_rows} good, {errors.total()} bad{failed}")
@@ -61,10 +61,13 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     table.add_row(
         "KV cache",
         f"{kv_bytes * longest / 2**20:.1f} MiB for the longest row, at most "
-        f"{kv_bytes * longest * options.engine.max_num_seqs / 2**20:.1f} MiB for "
-        f"{options.engine.max_num_seqs} such at a time",
+        f"{kv_bytes * longest * engine.max_num_seqs / 2**20:.1f} MiB for "
+        f"{engine.max_num_seqs} such at a time",
     )
-    table.add_row("time", f"at most about {seconds:.0f} s: every row to its limit, none cached")
+    if engine.device == "cpu":
+        num_tokens = num_prompt_tokens + num_completion_tokens
+        seconds = 2 * model.num_parameters * num_tokens / cpu_matmul_rate()
+        table.add_row("time", f"at most about {seconds:.0f} s: every row to its limit, none cached")
     if not options.quiet:
         Console(file=sys.stderr).print(table, highlight=False)
     return ExitCode.SOME_ROWS_FAILED if errors and not options.allow_errors else ExitCode.OK

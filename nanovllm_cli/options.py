@@ -62,4 +62,4 @@ class GenerateOptions:
     @property
     def rows_in_flight(self) -> int:
         """Rows that may be tokenized and not yet written."""
-        return self.max_inflight or 4 * self.engine.max_num_seqs
+        return self.max_inflight or 4 * (self.engine.max_num_seqs or 1024)

@@ -11,6 +11,10 @@ from hypothesis import settings
 
 from nanovllm_cli.core.engine import Engine
 from nanovllm_cli.core.request import Completion, Failure, Request
+from nanovllm_cli.kernels.triton_import import HAS_TRITON
+
+# Triton is chosen when the kernels are imported: test_kernels_interpreted.py runs these apart.
+collect_ignore_glob = [] if HAS_TRITON else ["test_triton_*.py"]
 
 # The same examples on every run: a red test is red again, and nothing is written to the checkout.
 settings.register_profile("push", derandomize=True, deadline=None, database=None)

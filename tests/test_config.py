@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config
 
 from nanovllm_cli.core.config import EngineConfig, ModelConfig, RopeConfig
-from nanovllm_cli.core.engine import resolve_max_model_len
 from nanovllm_cli.core.errors import ModelError, UserError
+from nanovllm_cli.core.resolved_config import resolve
 from nanovllm_cli.core.sampling_params import SamplingParams
 
 MakeCheckpoint = Callable[..., Path]
@@ -265,19 +265,19 @@ def test_num_parameters_of_qwen3_0_6b_is_the_published_number() -> None:
 
 def test_max_model_len_is_at_most_what_the_model_was_made_for() -> None:
     config = ModelConfig.from_hf(OLD_SPELLING, {})
-    assert resolve_max_model_len(config, EngineConfig()) == 40960
-    assert resolve_max_model_len(config, EngineConfig(max_model_len=100)) == 100
-    assert resolve_max_model_len(config, EngineConfig(max_model_len=40960)) == 40960
+    assert resolve(EngineConfig(), config).max_model_len == 40960
+    assert resolve(EngineConfig(max_model_len=100), config).max_model_len == 100
+    assert resolve(EngineConfig(max_model_len=40960), config).max_model_len == 40960
     with pytest.raises(UserError, match=r"40961.*40960"):
-        resolve_max_model_len(config, EngineConfig(max_model_len=40961))
+        resolve(EngineConfig(max_model_len=40961), config)
 
 
 def test_yarn_lengthens_the_model_by_its_factor() -> None:
     # Qwen3's own instructions add rope_scaling and leave max_position_embeddings at 40960.
     config = ModelConfig.from_hf({**OLD_SPELLING, "rope_scaling": YARN}, {})
-    assert resolve_max_model_len(config, EngineConfig(max_model_len=100_000)) == 100_000
+    assert resolve(EngineConfig(max_model_len=100_000), config).max_model_len == 100_000
     with pytest.raises(UserError, match=r"131073.*131072"):
-        resolve_max_model_len(config, EngineConfig(max_model_len=131_073))
+        resolve(EngineConfig(max_model_len=131_073), config)
 
 
 # EngineConfig and SamplingParams

@@ -74,7 +74,7 @@ def run(run_engine: RunEngine) -> RunAll:
 
         assert len({request.sampling.seed for request in requests}) == len(requests)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nanovllm_cli.core.runner.sample", recording_sample)
+            patch.setattr("nanovllm_cli.core.cpu_runner.sample", recording_sample)
             outputs = run_engine(engine, requests)
         return Run(outputs=outputs, logits=seen, stats=engine.stats)
 

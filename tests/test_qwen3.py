@@ -229,5 +229,5 @@ def test_the_rotary_tables_reach_as_far_as_max_model_len(make_checkpoint: MakeCh
     path = make_checkpoint(max_position_embeddings=300)
     for max_model_len, rows in ((None, 300), (33, 33)):
         _, model = load(path, max_model_len=max_model_len)
-        assert model.cos.shape == model.sin.shape == (rows, 16)
-        assert model.cos.dtype == torch.float32
+        assert model.rotary.cos.shape == model.rotary.sin.shape == (rows, 16)
+        assert model.rotary.cos.dtype == torch.float32

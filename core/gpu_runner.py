@@ -1,0 +1,274 @@
+"""GpuRunner: one GPU's weights, KV cache, slot table and captured decode steps: Batch -> token ids.
+
+Launches are enqueued on one stream and read later. A prefill runs eagerly; a decode window replays
+the captured step of its bucket once a step, with nothing from the host in between.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm_cli.core.attention import DecodeAttention, KVCache, PrefillAttention
+from nanovllm_cli.core.batch import (
+    Batch,
+    BatchResult,
+    BlockTableUpdate,
+    DecodeBatch,
+    PrefillBatch,
+)
+from nanovllm_cli.core.errors import MemoryTooSmall
+from nanovllm_cli.core.qwen3 import Qwen3
+from nanovllm_cli.core.resolved_config import ResolvedConfig
+from nanovllm_cli.core.slot_table import SlotTable
+from nanovllm_cli.kernels.decode_attention import DecodePlan, plan_decode_attention
+from nanovllm_cli.kernels.decode_step import OUT_ROWS_BEFORE_TOKENS, advance, prepare
+from nanovllm_cli.kernels.fused_sampling import sample
+
+_GRAPH_BYTES = 512 << 20  # left for the captured steps' own memory
+
+
+def graph_batch_sizes(max_num_seqs: int) -> list[int]:
+    """The captured batch sizes: 1, 2, 4, 8, then steps of an eighth, ending at the maximum."""
+    sizes = [size for size in (1, 2, 4) if size < max_num_seqs]
+    size = 8
+    while size < max_num_seqs:
+        sizes.append(size)
+        size += max(8, size // 64 * 8)
+    return [*sizes, max_num_seqs]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLaunch:
+    """A launch under way; `result` waits for it."""
+
+    done: torch.cuda.Event
+    out: Tensor  # pinned int32 [OUT_ROWS_BEFORE_TOKENS + num_steps, num_seqs]
+
+    def result(self) -> BatchResult:
+        """The tokens, copied out of the pinned buffer."""
+        self.done.synchronize()
+        num_tokens, is_stopped, is_nan, *token_ids = self.out.numpy().copy()
+        return BatchResult(
+            token_ids=np.stack(token_ids, axis=1),
+            num_tokens=num_tokens,
+            is_stopped=is_stopped != 0,
+            is_nan=is_nan != 0,
+        )
+
+
+class GpuRunner:
+    """Runs launches one after the other, in the order they come."""
+
+    def __init__(self, model: Qwen3, config: ResolvedConfig) -> None:
+        sizes = model.config
+        max_num_seqs = config.max_num_seqs
+        self._device = device = model.embed_tokens.weight.device
+        self._model = model
+        self._block_size = config.block_size
+        self._kv_shape = (sizes.num_key_value_heads, config.block_size, sizes.head_dim)
+        blocks_per_seq = -(-config.max_model_len // config.block_size)
+        self._table = SlotTable(max_num_seqs, blocks_per_seq, device)
+        self._plan = DecodePlan.allocate(
+            max_num_seqs=max_num_seqs,
+            num_heads=sizes.num_attention_heads,
+            num_kv_heads=sizes.num_key_value_heads,
+            head_dim=sizes.head_dim,
+            block_size=config.block_size,
+            device=device,
+        )
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._slots = zeros(max_num_seqs).fill_(self._table.idle_slot)
+        self._token_ids = zeros(max_num_seqs)
+        self._positions = zeros(max_num_seqs)
+        self._slot_mapping = zeros(max_num_seqs, dtype=torch.int64)
+        self._context_lens = zeros(max_num_seqs + 1)  # by slot
+        self._step = zeros(1)
+        self._out = zeros(OUT_ROWS_BEFORE_TOKENS + config.max_window_steps, max_num_seqs)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._kv_caches: list[KVCache] = []
+        self._kv_caches = self._allocate(num_blocks=2)
+        with torch.inference_mode():
+            kv_cache_bytes = config.kv_cache_bytes
+            if kv_cache_bytes is None:
+                kv_cache_bytes = self._free_bytes(config)
+            most = max_num_seqs * blocks_per_seq + 1
+            self.num_blocks = min(kv_cache_bytes // self._block_bytes(), most)
+            if self.num_blocks < 2:
+                raise MemoryTooSmall(
+                    f"{kv_cache_bytes} bytes of GPU memory are left for the KV cache; two blocks "
+                    f"need {2 * self._block_bytes()}",
+                    "Lower --max-num-batched-tokens or --max-num-seqs, or raise "
+                    "--gpu-memory-utilization.",
+                )
+            self._kv_caches = self._allocate(self.num_blocks)
+            if not config.enforce_eager:
+                self._capture(max_num_seqs)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> GpuLaunch:
+        """Enqueue one launch."""
+        self._table.extend_block_tables(batch.block_table_update)
+        self._out[:OUT_ROWS_BEFORE_TOKENS].zero_()
+        self._step.zero_()
+        if isinstance(batch, DecodeBatch):
+            num_seqs, num_steps = len(batch.slots), batch.num_steps
+            self._decode(batch)
+        else:
+            num_seqs, num_steps = len(batch.slots), 1
+            self._prefill(batch)
+        num_rows = OUT_ROWS_BEFORE_TOKENS + num_steps
+        host = torch.empty((num_rows, num_seqs), dtype=torch.int32, pin_memory=True)
+        host.copy_(self._out[:num_rows, :num_seqs].contiguous(), non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return GpuLaunch(done, host)
+
+    def _decode(self, batch: DecodeBatch) -> None:
+        num_seqs = len(batch.slots)
+        size = next((size for size in self._graphs if size >= num_seqs), num_seqs)
+        slots = np.full(size, self._table.idle_slot, dtype=np.int32)
+        slots[:num_seqs] = batch.slots
+        self._slots[:size] = self._table.to_device(slots, torch.int32)
+        for _ in range(batch.num_steps):
+            if self._graphs:
+                self._graphs[size].replay()
+            else:
+                self._decode_step(size)
+
+    def _decode_step(self, size: int) -> None:
+        """One step of the first `size` entries of the slot list; this is what is captured."""
+        slots, table = self._slots[:size], self._table
+        positions, slot_mapping = self._positions[:size], self._slot_mapping[:size]
+        prepare(
+            slots,
+            table,
+            token_ids=self._token_ids[:size],
+            positions=positions,
+            slot_mapping=slot_mapping,
+            context_lens=self._context_lens,
+            step=self._step,
+            block_size=self._block_size,
+        )
+        plan_decode_attention(self._plan, self._context_lens, slots, table.block_table)
+        attention = DecodeAttention(
+            positions=positions,
+            slot_mapping=slot_mapping,
+            block_tables=table.block_table,
+            plan=self._plan,
+        )
+        hidden = self._model(self._token_ids[:size], self._kv_caches, attention)
+        self._sample(hidden, slots)
+
+    def _prefill(self, batch: PrefillBatch) -> None:
+        table = self._table
+        table.admit(batch.admissions)
+        slots = table.to_device(batch.slots, torch.int32)
+        ends = np.cumsum(batch.query_lens)
+        # One copy for all that is as long as the tokens: their ids, sequences and positions.
+        sequences = np.repeat(np.arange(len(batch.slots)), batch.query_lens)
+        starts = batch.start_positions - (ends - batch.query_lens)
+        packed = (batch.token_ids, batch.slots[sequences], np.arange(ends[-1]) + starts[sequences])
+        token_ids, token_slots, positions = table.to_device(np.stack(packed), torch.int32)
+        block_ids = table.block_table[token_slots.long(), (positions // self._block_size).long()]
+        attention = PrefillAttention(
+            positions=positions,
+            slot_mapping=block_ids.long() * self._block_size + positions % self._block_size,
+            block_tables=table.block_table,
+            slots=slots,
+            cu_seqlens_q=table.to_device(np.concatenate(([0], ends)), torch.int32),
+            start_positions=table.to_device(batch.start_positions, torch.int32),
+            max_query_len=int(batch.query_lens.max()),
+        )
+        hidden = self._model(token_ids, self._kv_caches, attention)
+        # Every sequence samples; one whose chunk is not the last does so on the idle slot.
+        is_last = batch.is_last_chunk
+        lengths = table.to_device(batch.start_positions + batch.query_lens, torch.int32)
+        table.length[slots.long()] = lengths
+        sampling_slots = np.where(is_last, batch.slots, table.idle_slot)
+        self._step.fill_(1)  # what `prepare` does in a decode step
+        self._sample(
+            hidden[table.to_device(ends - 1, torch.int64)],
+            table.to_device(sampling_slots, torch.int32),
+        )
+
+    def _sample(self, hidden: Tensor, slots: Tensor) -> None:
+        table = self._table
+        sampled, is_nan = sample(
+            self._model.logits(hidden),
+            slots,
+            length=table.length,
+            min_length=table.min_length,
+            stop_token_ids=table.stop_token_ids,
+            seed=table.seed,
+            temperature=table.temperature,
+            top_k=table.top_k,
+            top_p=table.top_p,
+            min_p=table.min_p,
+        )
+        advance(slots, sampled, is_nan.view(torch.int8), table, out=self._out, step=self._step)
+
+    def _allocate(self, num_blocks: int) -> list[KVCache]:
+        weight = self._model.embed_tokens.weight
+        self._kv_caches = []  # the old ones first give their memory back
+        return [
+            KVCache(
+                k=torch.zeros(
+                    (num_blocks, *self._kv_shape), dtype=weight.dtype, device=self._device
+                ),
+                v=torch.zeros(
+                    (num_blocks, *self._kv_shape), dtype=weight.dtype, device=self._device
+                ),
+            )
+            for _ in range(self._model.config.num_hidden_layers)
+        ]
+
+    def _block_bytes(self) -> int:
+        dtype_bytes = self._model.embed_tokens.weight.element_size()
+        return self._model.config.kv_bytes_per_token(dtype_bytes) * self._block_size
+
+    def _free_bytes(self, config: ResolvedConfig) -> int:
+        """What the worst prefill and the widest decode step leave of the allowed memory."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        query_len = min(config.max_num_batched_tokens // num_seqs, config.max_model_len - 1)
+        query_lens = np.full(num_seqs, query_len, dtype=np.int32)
+        nothing = np.zeros(0, dtype=np.int32)
+        update = BlockTableUpdate(slots=nothing, indices=nothing, block_ids=nothing)
+        self.launch(
+            PrefillBatch(
+                admissions=(),
+                block_table_update=update,
+                slots=np.full(num_seqs, self._table.idle_slot, dtype=np.int32),
+                token_ids=np.zeros(num_seqs * query_len, dtype=np.int32),
+                start_positions=np.zeros(num_seqs, dtype=np.int32),
+                query_lens=query_lens,
+                is_last_chunk=np.zeros(num_seqs, dtype=np.bool_),
+            )
+        )
+        idle = np.full(config.max_num_seqs, self._table.idle_slot, dtype=np.int32)
+        self.launch(DecodeBatch(block_table_update=update, slots=idle, num_steps=1))
+        torch.cuda.synchronize(self._device)
+        self._table.length.zero_()
+        free, total = torch.cuda.mem_get_info(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device)
+        others = total - free - torch.cuda.memory_reserved(self._device)
+        torch.cuda.empty_cache()
+        return int(total * config.gpu_memory_utilization) - others - peak - _GRAPH_BYTES
+
+    def _capture(self, max_num_seqs: int) -> None:
+        pool = None
+        graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        for size in reversed(graph_batch_sizes(max_num_seqs)):
+            self._decode_step(size)  # compiles what this size needs: not possible in a capture
+            torch.cuda.synchronize(self._device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._decode_step(size)
+            pool = graph.pool()
+            graphs[size] = graph
+        self._graphs = dict(sorted(graphs.items()))

@@ -1,0 +1,79 @@
+"""ResolvedConfig: an EngineConfig with every choice made, for the machine and the model at hand.
+
+Apart from config.py because it asks torch for the GPU, and config.py must be quick to import.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from nanovllm_cli.core.config import EngineConfig, ModelConfig
+from nanovllm_cli.core.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedConfig:
+    """An EngineConfig with every choice made for one machine and one model."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    kv_cache_bytes: int | None
+    gpu_memory_utilization: float
+    enable_prefix_caching: bool
+    enforce_eager: bool
+    max_window_steps: int
+    max_launches_in_flight: int
+    num_threads: int | None
+    hash_bits: int
+
+
+def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
+    """Every choice made; raises UserError for what the machine or the model cannot do."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        _check_gpu()
+    is_gpu = device == "cuda"
+    longest = model.max_context
+    if (config.max_model_len or 1) > longest:
+        raise UserError(
+            f"max_model_len is {config.max_model_len}; the model was made for {longest}",
+            "Longer contexts need a rope_parameters entry (YaRN) in the model's config.json.",
+        )
+
+    def choose(value: int | None, on_cpu: int, on_gpu: int) -> int:
+        return value if value is not None else on_gpu if is_gpu else on_cpu
+
+    return ResolvedConfig(
+        device=device,
+        dtype=config.dtype if config.dtype != "auto" else "bfloat16" if is_gpu else "float32",
+        max_model_len=config.max_model_len or longest,
+        max_num_seqs=choose(config.max_num_seqs, 64, 1024),
+        max_num_batched_tokens=choose(config.max_num_batched_tokens, 8192, 16384),
+        block_size=config.block_size,
+        kv_cache_bytes=config.kv_cache_bytes,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enforce_eager=config.enforce_eager,
+        max_window_steps=choose(config.max_window_steps, 4, 32),
+        max_launches_in_flight=choose(config.max_launches_in_flight, 0, 1),
+        num_threads=config.num_threads,
+        hash_bits=config.hash_bits,
+    )
+
+
+def _check_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise UserError("there is no CUDA GPU that this torch can use", "Leave out --device.")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        raise UserError(
+            f"{torch.cuda.get_device_name()} is sm_{major}{minor}; nanovllm needs sm_80 or later",
+            "Run on the CPU with --device cpu.",
+        )

@@ -1,0 +1,20 @@
+"""The Triton kernels in Triton's interpreter, in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = sorted(Path(__file__).parent.glob("test_triton_*.py"))
+
+
+@pytest.mark.parametrize("tests", TESTS, ids=lambda path: path.stem)
+def test_a_triton_kernel_equals_its_reference_in_the_interpreter(tests: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    command += ["-W", "ignore::RuntimeWarning"]  # numpy's, where a GPU gives infinity in silence
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    assert " passed" in run.stdout
