@@ -126,6 +126,10 @@ def test_every_flag_has_an_environment_variable_of_its_name() -> None:
 VALUES = {
     "--format": "openai",
     "--dtype": "float32",
+    "--device": "cpu",
+    "--gpu-memory-utilization": "0.5",
+    "--device": "cpu",
+    "--gpu-memory-utilization": "0.5",
     "--temperature": "0.5",
     "--top-p": "0.5",
     "--min-p": "0.5",
@@ -486,11 +490,11 @@ def test_doctor_reports_to_people_and_to_programs() -> None:
     report = json.loads(call("doctor", "--json").stdout)
     assert report["nanovllm"] == __version__
     assert report["packages"]["torch"]
-    assert {"gpus", "cpu_threads", "runs_on", "kernels", "models_cached"} <= set(report)
+    assert {"gpus", "cpu_threads", "runs_on", "attention", "models_cached"} <= set(report)
     shown = call("doctor")
     assert shown.code == 0
     assert __version__ in shown.stdout.decode()
-    assert "kernels" in shown.stdout.decode()
+    assert "attention" in shown.stdout.decode()
     assert shown.stderr == ""
 
 

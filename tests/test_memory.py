@@ -35,9 +35,9 @@ def rows_in(path: Path, count: int) -> str:
     ("flags", "many"),
     [
         (["--dry-run"], 1_000_000),
-        (["--max-tokens", "2", "-o", "{}.jsonl"], 20_000),
+        (["--max-tokens", "2", "-o", "{}.out.jsonl"], 20_000),
         (["--max-tokens", "2"], 20_000),
-        (["--max-tokens", "2", "-o", "{}.parquet"], 20_000),
+        (["--max-tokens", "2", "-o", "{}.out.parquet"], 20_000),
     ],
     ids=["dry run", "to a file", "to stdout", "to parquet"],
 )

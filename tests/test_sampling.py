@@ -305,14 +305,14 @@ def table_of(rows: list[Settings], vocab_size: int) -> SlotTable:
             for i, row in enumerate(rows)
         )
     )
-    table.length[:] = torch.tensor([row.get("length", 5) for row in rows])
+    table.length[: len(rows)] = torch.tensor([row.get("length", 5) for row in rows])
     return table
 
 
 def test_seeds_of_64_bits_reach_the_generator_whole() -> None:
     seeds = [0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
     table = table_of([{"seed": seed} for seed in seeds], 100)
-    assert [seed % 2**64 for seed in table.seed.tolist()] == seeds
+    assert [seed % 2**64 for seed in table.seed.tolist()[:6]] == seeds
     token_ids, _ = sample(torch.zeros(6, 100_000), table, torch.arange(6))
     assert len(set(token_ids.tolist())) == 6
 
