@@ -128,8 +128,6 @@ VALUES = {
     "--dtype": "float32",
     "--device": "cpu",
     "--gpu-memory-utilization": "0.5",
-    "--device": "cpu",
-    "--gpu-memory-utilization": "0.5",
     "--temperature": "0.5",
     "--top-p": "0.5",
     "--min-p": "0.5",
