@@ -170,14 +170,14 @@ class EngineConfig:
     device: Device = "auto"  # a GPU where there is one
     dtype: DType = "auto"  # bfloat16 on a GPU, float32 on a CPU
     max_model_len: int | None = None  # None: what the model was made for
-    max_num_seqs: int | None = None  # None: 64 on a CPU, 1024 on a GPU
+    max_num_seqs: int | None = None  # None: 256 on a CPU, 1024 on a GPU
     max_num_batched_tokens: int | None = None  # None: 8192 on a CPU, 16384 on a GPU
     block_size: int = 64
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.92
     enable_prefix_caching: bool = True
     enforce_eager: bool = False  # no captured steps on a GPU
-    max_window_steps: int | None = None  # decode steps a launch; None: 4 on a CPU, 32 on a GPU
+    max_window_steps: int | None = None  # decode steps a launch; None: 1 on a CPU, 32 on a GPU
     max_launches_in_flight: int | None = None  # not yet read; None: 0 on a CPU, 1 on a GPU
     num_threads: int | None = None  # on a CPU; None: one for each core
     hash_bits: int = 64  # of a prefix hash; small ones only to test collisions

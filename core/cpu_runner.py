@@ -24,7 +24,7 @@ from nanovllm_cli.core.sampler import sample
 from nanovllm_cli.core.slot_table import SlotTable
 from nanovllm_cli.kernels.linear import ROWS_PER_TILE
 
-_KV_TOKENS_PER_SEQ = 1024  # the default cache holds so many of each running sequence
+_KV_TOKENS_PER_SEQ = 256  # the default cache holds so many of each running sequence
 _KV_BYTES = 4 << 30  # and is no larger than this, nor than half the free memory
 
 

@@ -155,7 +155,7 @@ def generate_command(
     ),
     max_num_seqs: int | None = option(
         None, "--max-num-seqs", panel=_ENGINE,
-        help="Sequences that run at a time; default: 1024 on a GPU, 64 on a CPU.",
+        help="Sequences that run at a time; default: 1024 on a GPU, 256 on a CPU.",
     ),
     max_num_batched_tokens: int | None = option(
         None, "--max-num-batched-tokens", panel=_ENGINE,
@@ -181,7 +181,7 @@ def generate_command(
     ),
     max_inflight: int | None = option(
         None, "--max-inflight", panel=_ENGINE, metavar="ROWS",
-        help="Rows read ahead of the output; default: 4 x max-num-seqs.",
+        help="Rows read ahead of the output; default: 4 x max-num-seqs, or 4096.",
     ),
     limit: int | None = option(
         None, "--limit", panel=_RUN, metavar="ROWS", min=1, help="Only the first rows."
