@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.attention import CpuAttention, KVCache
+from nanovllm_cli.core.attention import KVCache
 from nanovllm_cli.core.batch import Batch, BatchResult, DecodeBatch, Int32, PrefillBatch
+from nanovllm_cli.core.cpu_attention import CpuAttention
 from nanovllm_cli.core.cpu_threads import CpuThreads
 from nanovllm_cli.core.errors import MemoryTooSmall
 from nanovllm_cli.core.qwen3 import Qwen3

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.attention import DecodeAttention, KVCache, PrefillAttention
+from nanovllm_cli.core.attention import KVCache
 from nanovllm_cli.core.batch import (
     Batch,
     BatchResult,
@@ -19,6 +19,7 @@ from nanovllm_cli.core.batch import (
     PrefillBatch,
 )
 from nanovllm_cli.core.errors import MemoryTooSmall
+from nanovllm_cli.core.gpu_attention import DecodeAttention, PrefillAttention
 from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.slot_table import SlotTable

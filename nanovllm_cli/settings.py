@@ -14,12 +14,17 @@ import typer
 from .exit_code import CommandError, ExitCode
 
 
-def option(default: Any, *names: str, panel: str, help: str, **more: Any) -> Any:
+def option(default: Any, *names: str, **more: Any) -> Any:
     """A Typer option whose environment variable is NANOVLLM_ and its first long name."""
+    return shared_option(*names, default=default, **more)
+
+
+def shared_option(*names: str, panel: str, help: str, **more: Any) -> Any:
+    """The same for an `Annotated` type, which has no default of its own."""
     long_name = next(name for name in names if name.startswith("--"))
     variable = "NANOVLLM_" + long_name.split("/")[0][2:].replace("-", "_").upper()
     return typer.Option(
-        default,
+        *(() if "default" not in more else (more.pop("default"),)),
         *names,
         envvar=variable,
         show_envvar=False,

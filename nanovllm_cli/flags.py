@@ -1,0 +1,58 @@
+"""The flags that `generate` and `bench` share: what runs, and how the engine runs it."""
+
+from typing import Annotated
+
+from nanovllm_cli.core.config import EngineConfig
+
+from .settings import shared_option
+
+MODEL, ENGINE, RUN = "Model", "Engine", "Run"
+DEFAULTS = EngineConfig()
+
+Model = Annotated[
+    str,
+    shared_option(
+        "--model", "-m", panel=MODEL, metavar="NAME",
+        help="A directory, Qwen3-0.6B ... Qwen3-32B, or org/name[@revision].",
+    ),
+]  # fmt: skip
+DType = Annotated[
+    str,
+    shared_option(
+        "--dtype", panel=MODEL, metavar="auto|float32|bfloat16|float16",
+        help="auto: bfloat16 on a GPU, float32 on a CPU.",
+    ),
+]  # fmt: skip
+Device = Annotated[
+    str,
+    shared_option(
+        "--device", panel=ENGINE, metavar="auto|cpu|cuda", help="auto: a GPU where there is one."
+    ),
+]
+MaxNumSeqs = Annotated[
+    int | None,
+    shared_option(
+        "--max-num-seqs", panel=ENGINE,
+        help="Sequences that run at a time; default: 1024 on a GPU, 256 on a CPU.",
+    ),
+]  # fmt: skip
+MaxNumBatchedTokens = Annotated[
+    int | None,
+    shared_option(
+        "--max-num-batched-tokens", panel=ENGINE,
+        help="Prompt tokens in one prefill; default: 16384 on a GPU, 8192 on a CPU.",
+    ),
+]  # fmt: skip
+GpuMemoryUtilization = Annotated[
+    float,
+    shared_option(
+        "--gpu-memory-utilization", panel=ENGINE, help="Share of the GPU's memory to use."
+    ),
+]
+EnforceEager = Annotated[
+    bool,
+    shared_option(
+        "--enforce-eager", panel=ENGINE, help="No CUDA graphs: a quicker start, slower steps."
+    ),
+]
+Debug = Annotated[bool, shared_option("--debug", panel=RUN, help="Tracebacks for errors.")]

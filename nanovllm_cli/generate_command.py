@@ -1,0 +1,228 @@
+"""`nanovllm generate`: its flags -> GenerateOptions -> the job."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from nanovllm_cli.core.config import EngineConfig
+from nanovllm_cli.core.errors import UserError
+
+from . import flags
+from .exit_code import ExitCode
+from .options import GenerateOptions
+from .prompts import PromptOptions
+from .run_job import run_job
+from .settings import load_config_file, option
+
+_OUTPUT, _PROMPTS, _SAMPLING = "Output", "Prompts", "Sampling (a row's own fields come first)"
+
+
+def generate_command(
+    inputs: list[str] = typer.Argument(
+        ...,
+        metavar="INPUT...",
+        help="JSONL or Parquet files (also .gz, .zst), globs, directories, or - for stdin.",
+    ),
+    output: str = option(
+        "-", "--output", "-o", panel=_OUTPUT, metavar="FILE",
+        help="JSONL (also .gz, .zst) or Parquet by its extension; - is stdout.",
+    ),
+    format: str = option(
+        "auto", "--format", panel=_OUTPUT, metavar="auto|openai",
+        help="openai: every row as an OpenAI batch line; auto: those that came as one.",
+    ),
+    errors: str | None = option(
+        None, "--errors", panel=_OUTPUT, metavar="FILE",
+        help="Failed rows; default OUTPUT.errors.jsonl, or stderr.",
+    ),
+    overwrite: bool = option(
+        False, "--overwrite", panel=_OUTPUT, help="Replace OUTPUT when the job is done."
+    ),
+    unordered: bool = option(
+        False, "--unordered", panel=_OUTPUT, help="On stdout: rows as they finish."
+    ),
+    template: str | None = option(
+        None, "--template", "-p", panel=_PROMPTS, metavar="TEXT",
+        help="Build the prompt from columns: 'Translate: {text}'.",
+    ),
+    system: str | None = option(
+        None, "--system", panel=_PROMPTS, metavar="TEXT",
+        help="A system message before each chat that has none.",
+    ),
+    chat: bool = option(
+        False, "--chat", panel=_PROMPTS, help="Make a prompt a user message, not a raw completion."
+    ),
+    thinking: bool | None = option(
+        None, "--thinking/--no-thinking", panel=_PROMPTS,
+        help="Whether the model thinks before it answers; default: the template's.",
+    ),
+    prompt_column: str = option(
+        "prompt", "--prompt-column", panel=_PROMPTS, metavar="NAME", help="Where prompts are."
+    ),
+    messages_column: str = option(
+        "messages", "--messages-column", panel=_PROMPTS, metavar="NAME", help="Where chats are."
+    ),
+    id_column: str | None = option(
+        None, "--id-column", panel=_PROMPTS, metavar="NAME", help="Default: id or custom_id."
+    ),
+    parse_special: bool = option(
+        False, "--parse-special", panel=_PROMPTS,
+        help="Let <|im_start|> and the like in raw prompts be control tokens.",
+    ),
+    temperature: float | None = option(
+        None, "--temperature", panel=_SAMPLING, help="0 is greedy. Default: the model's."
+    ),
+    top_p: float | None = option(
+        None, "--top-p", panel=_SAMPLING, help="Draw from the likeliest tokens of this mass."
+    ),
+    top_k: int | None = option(
+        None, "--top-k", panel=_SAMPLING, help="Draw from so many tokens; 0 is all."
+    ),
+    min_p: float | None = option(
+        None, "--min-p", panel=_SAMPLING, help="Drop tokens below this share of the likeliest."
+    ),
+    max_tokens: int | None = option(
+        None, "--max-tokens", panel=_SAMPLING,
+        help="Completion tokens at most; default: up to the model's limit.",
+    ),
+    min_tokens: int | None = option(
+        None, "--min-tokens", panel=_SAMPLING, help="No stop token before so many."
+    ),
+    stop: list[str] = option(
+        [], "--stop", panel=_SAMPLING, metavar="TEXT", help="End before this text; repeatable."
+    ),
+    ignore_eos: bool = option(
+        False, "--ignore-eos", panel=_SAMPLING, help="Generate on after the end of the text."
+    ),
+    n: int = option(1, "--n", panel=_SAMPLING, help="Completions for each row."),
+    seed: int = option(0, "--seed", panel=_SAMPLING, help="Two runs with one seed are the same."),
+    model: flags.Model = GenerateOptions.model,
+    revision: str | None = option(
+        None, "--revision", panel=flags.MODEL, help="Branch, tag or commit."
+    ),
+    tokenizer: str | None = option(
+        None, "--tokenizer", panel=flags.MODEL, metavar="NAME", help="Default: the model's own."
+    ),
+    dtype: flags.DType = flags.DEFAULTS.dtype,
+    offline: bool = option(
+        False, "--offline", panel=flags.MODEL, help="Never ask the hub; as HF_HUB_OFFLINE=1."
+    ),
+    max_model_len: int | None = option(
+        None, "--max-model-len", panel=flags.ENGINE, help="Prompt and completion at most."
+    ),
+    device: flags.Device = flags.DEFAULTS.device,
+    max_num_seqs: flags.MaxNumSeqs = None,
+    max_num_batched_tokens: flags.MaxNumBatchedTokens = None,
+    gpu_memory_utilization: flags.GpuMemoryUtilization = flags.DEFAULTS.gpu_memory_utilization,
+    enforce_eager: flags.EnforceEager = False,
+    block_size: int = option(
+        flags.DEFAULTS.block_size, "--block-size", panel=flags.ENGINE,
+        help="Tokens of a KV block, the grain of prefix caching.",
+    ),
+    kv_cache_memory: float | None = option(
+        None, "--kv-cache-memory", panel=flags.ENGINE, metavar="GIB",
+        help="Default: what the job needs.",
+    ),
+    no_prefix_caching: bool = option(
+        False, "--no-prefix-caching", panel=flags.ENGINE, help="Compute every prompt in full."
+    ),
+    max_inflight: int | None = option(
+        None, "--max-inflight", panel=flags.ENGINE, metavar="ROWS",
+        help="Rows read ahead of the output; default: 4 x max-num-seqs, or 4096.",
+    ),
+    limit: int | None = option(
+        None, "--limit", panel=flags.RUN, metavar="ROWS", min=1, help="Only the first rows."
+    ),
+    dry_run: bool = option(
+        False, "--dry-run", panel=flags.RUN,
+        help="Read and tokenize everything, report, and generate nothing.",
+    ),
+    allow_errors: bool = option(
+        False, "--allow-errors", panel=flags.RUN, help="Exit 0 though some rows failed."
+    ),
+    quiet: bool = option(
+        False, "--quiet", "-q", panel=flags.RUN, help="Silent unless something fails."
+    ),
+    debug: flags.Debug = False,
+    config: Path | None = typer.Option(
+        None, "--config", rich_help_panel=flags.RUN, metavar="FILE", envvar="NANOVLLM_CONFIG",
+        is_eager=True, callback=load_config_file, show_envvar=False,
+        help="A TOML file with any of these flags; flags and NANOVLLM_... come first.",
+    ),
+) -> None:  # fmt: skip
+    """Complete every row of INPUT.
+
+    [bold]nanovllm generate prompts.jsonl -o out.jsonl[/bold]
+
+    A row is {"prompt": ...}, {"messages": [...]}, {"prompt_token_ids": [...]} or an OpenAI batch
+    line. Its other columns travel through to the output. Each flag is also an environment
+    variable: --max-tokens is NANOVLLM_MAX_TOKENS.
+    """
+
+    def job() -> ExitCode:
+        if kv_cache_memory is not None and not 0 < kv_cache_memory < float("inf"):
+            raise UserError(f"--kv-cache-memory is {kv_cache_memory}; it must be above 0")
+        chosen = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "max_tokens": max_tokens,
+            "min_tokens": min_tokens,
+            "ignore_eos": ignore_eos or None,
+        }
+        sampling: dict[str, Any] = {
+            name: value for name, value in chosen.items() if value is not None
+        }
+        if top_k in (-1, 0):
+            sampling["top_k"] = None  # over the model's default
+        options = GenerateOptions(
+            inputs=inputs,
+            output=output,
+            format=format,
+            errors=errors,
+            model=model,
+            revision=revision,
+            tokenizer=tokenizer,
+            offline=offline,
+            engine=EngineConfig(
+                dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+                max_model_len=max_model_len,
+                device=device,  # type: ignore[arg-type]  # likewise
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                block_size=block_size,
+                gpu_memory_utilization=gpu_memory_utilization,
+                enforce_eager=enforce_eager,
+                kv_cache_bytes=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
+                enable_prefix_caching=not no_prefix_caching,
+            ),
+            prompt=PromptOptions(
+                chat=chat,
+                template=template,
+                system=system,
+                enable_thinking=thinking,
+                prompt_column=prompt_column,
+                messages_column=messages_column,
+                id_column=id_column,
+            ),
+            sampling=sampling,
+            n=n,
+            stop=tuple(stop),
+            seed=seed,
+            parse_special=parse_special,
+            unordered=unordered,
+            overwrite=overwrite,
+            allow_errors=allow_errors,
+            limit=limit,
+            max_inflight=max_inflight,
+            quiet=quiet,
+        )
+        if dry_run:
+            from .dry_run import dry_run as run
+        else:
+            from .pipeline import generate as run
+        return run(options)
+
+    raise typer.Exit(run_job(job, debug=debug))
