@@ -101,6 +101,16 @@ def test_a_chunked_prompt_gives_the_bits_of_a_whole_one() -> None:
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_strided_queries_and_no_tokens() -> None:
+    batch = Batch([(0, 20)])
+    wide = torch.full((20, 9, 64), torch.nan, dtype=batch.q.dtype, device=DEVICE)
+    wide[:, 2:6] = batch.q
+    batch.q = wide[:, 2:6]
+    batch.check()
+    batch.q, batch.cu_seqlens_q = wide[:0, 2:6], torch.zeros(2, device=DEVICE).int()
+    assert batch.run(max_query_len=0).shape == (0, 4, 64)
+
+
 @pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("group", "num_kv_heads"), [(2, 8), (4, 8), (8, 8), (5, 8)])
