@@ -51,6 +51,19 @@ class PrefillBatch:
     is_last_chunk: Bool  # [num_seqs]; only then a token is sampled
 
 
+def packed_positions(
+    query_lens: Int32, start_positions: Int32
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Of tokens packed one sequence after the other: each one's sequence, and its position there.
+
+    query_lens, start_positions: [num_seqs], a sequence's tokens here and its first one's position.
+    """
+    sequences = np.repeat(np.arange(len(query_lens)), query_lens)
+    first_rows = np.cumsum(query_lens) - query_lens
+    positions = np.arange(len(sequences)) + (start_positions - first_rows)[sequences]
+    return sequences, positions
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeBatch:
     """`num_steps` steps of one token for each slot, with no look at the tokens in between."""

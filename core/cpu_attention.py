@@ -3,12 +3,11 @@
 import threading
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm_cli.core.attention import KVCache
-from nanovllm_cli.core.batch import Int32
+from nanovllm_cli.core.batch import Int32, packed_positions
 from nanovllm_cli.core.block_manager import SCRATCH_BLOCK
 from nanovllm_cli.kernels.paged_attention import QueryTiles, paged_attention_reference
 
@@ -21,6 +20,7 @@ class CpuAttention:
     slot_mapping: Tensor  # int64
     block_tables: Tensor  # int64 [num_sequences, max_blocks]
     tiles: QueryTiles
+    is_finite: bool  # all that the pages hold
     all_stored: threading.Barrier | None  # where other threads store K and V we may read
 
     @classmethod
@@ -33,14 +33,11 @@ class CpuAttention:
         is_parked: Tensor,
         group_size: int,
         block_size: int,
+        is_finite: bool = False,
         all_stored: threading.Barrier | None = None,
     ) -> "CpuAttention":
         """Of packed sequences; those with `is_parked` write to the scratch block."""
-        sequences = np.repeat(np.arange(len(query_lens)), query_lens)
-        starts = np.cumsum(query_lens) - query_lens
-        offsets = np.arange(len(sequences)) - starts[sequences]
-        positions = torch.from_numpy(start_positions[sequences].astype(np.int64) + offsets)
-        rows = torch.from_numpy(sequences)
+        rows, positions = map(torch.from_numpy, packed_positions(query_lens, start_positions))
         block_ids = block_tables[rows, positions // block_size]
         block_ids = block_ids.masked_fill(is_parked[rows], SCRATCH_BLOCK)
         return cls(
@@ -50,10 +47,13 @@ class CpuAttention:
             tiles=QueryTiles.of(
                 query_lens, start_positions, group_size=group_size, block_size=block_size
             ),
+            is_finite=is_finite,
             all_stored=all_stored,
         )
 
     def attend(self, q: Tensor, kv_cache: KVCache) -> Tensor:
         if self.all_stored is not None:
             self.all_stored.wait()
-        return paged_attention_reference(q, kv_cache.k, kv_cache.v, self.block_tables, self.tiles)
+        return paged_attention_reference(
+            q, kv_cache.k, kv_cache.v, self.block_tables, self.tiles, is_finite=self.is_finite
+        )

@@ -14,11 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.attention import KVCache
 from nanovllm_cli.core.batch import Batch, BatchResult, DecodeBatch, Int32, PrefillBatch
+from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.cpu_attention import CpuAttention
 from nanovllm_cli.core.cpu_threads import CpuThreads
-from nanovllm_cli.core.errors import MemoryTooSmall
+from nanovllm_cli.core.kv_cache import (
+    allocate_kv_caches,
+    block_bytes,
+    blocks_per_sequence,
+    num_kv_blocks,
+)
 from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.sampler import sample
@@ -27,6 +32,10 @@ from nanovllm_cli.kernels.linear import ROWS_PER_TILE
 
 _KV_TOKENS_PER_SEQ = 256  # the default cache holds so many of each running sequence
 _KV_BYTES = 4 << 30  # and is no larger than this, nor than half the free memory
+# A thread's share of a launch, parameters x tokens, where no number of threads is asked for. Below
+# it threads wait for each other's Python: with 2M parameters and 45 tokens a step two threads took
+# 1.3 times as long as one.
+_PARAMETERS_PER_PART = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +57,16 @@ class CpuRunner:
         self._threads = CpuThreads(config.num_threads)
         self._block_size = config.block_size
         self._group_size = sizes.num_attention_heads // sizes.num_key_value_heads
-        blocks_per_seq = -(-config.max_model_len // config.block_size)
-        self.num_blocks = _num_blocks(
-            config, blocks_per_seq, sizes.kv_bytes_per_token(weight.element_size())
-        )
-        # Zeroed and so really there: memory that is short fails now, not in the night.
-        shape = (self.num_blocks, sizes.num_key_value_heads, config.block_size, sizes.head_dim)
-        self._kv_caches = [
-            KVCache(
-                k=torch.empty(shape, dtype=weight.dtype).fill_(0),
-                v=torch.empty(shape, dtype=weight.dtype).fill_(0),
-            )
-            for _ in range(sizes.num_hidden_layers)
-        ]
-        self._table = SlotTable(config.max_num_seqs, blocks_per_seq, weight.device)
+        self.num_blocks = num_kv_blocks(_kv_bytes(config, sizes), sizes, config)
+        self._kv_caches = allocate_kv_caches(self.num_blocks, sizes, config)
+        self._table = SlotTable(config.max_num_seqs, blocks_per_sequence(config), weight.device)
+        # Whether all that was ever stored in the pages is: a K or V that is not makes its own
+        # token's hidden state so.
+        self._is_finite = True
+        self._rows_per_part = ROWS_PER_TILE
+        if config.num_threads is None:
+            rows = _PARAMETERS_PER_PART // sizes.num_parameters
+            self._rows_per_part = max(rows, ROWS_PER_TILE)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> CpuLaunch:
@@ -120,12 +125,15 @@ class CpuRunner:
                 is_parked=is_parked[own],
                 group_size=self._group_size,
                 block_size=self._block_size,
+                is_finite=self._is_finite,
                 all_stored=barrier,
             )
             return self._model(token_ids[start:end], self._kv_caches, metadata)
 
         parts = _even_parts(len(token_ids), num_parts)
-        return torch.cat(self._threads.map(run, parts, barrier))
+        hidden = torch.cat(self._threads.map(run, parts, barrier))
+        self._is_finite = self._is_finite and bool(hidden.isfinite().all())
+        return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
         parts = _even_parts(len(hidden), self._num_parts(len(hidden)))
@@ -134,8 +142,8 @@ class CpuRunner:
         )
 
     def _num_parts(self, num_rows: int) -> int:
-        """One for each thread, but none smaller than a tile of the products."""
-        return max(1, min(self._threads.num_threads, num_rows // ROWS_PER_TILE))
+        """One for each thread, but none too small to be worth a thread."""
+        return max(1, min(self._threads.num_threads, num_rows // self._rows_per_part))
 
     def _advance(self, hidden: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sample the slots' next tokens and move the slots on; also says who stopped or failed."""
@@ -149,24 +157,14 @@ class CpuRunner:
         return token_ids, is_stopped, is_nan
 
 
-def _num_blocks(config: ResolvedConfig, blocks_per_seq: int, bytes_per_token: int) -> int:
-    """Blocks of the KV cache, the scratch block included; raises MemoryTooSmall."""
-    block_bytes = bytes_per_token * config.block_size
-    most = config.max_num_seqs * blocks_per_seq + 1
-    kv_cache_bytes = config.kv_cache_bytes
-    if kv_cache_bytes is None:
-        wanted = config.max_num_seqs * min(config.max_model_len, _KV_TOKENS_PER_SEQ)
-        wanted_blocks = max(-(-wanted // config.block_size), blocks_per_seq) + 1
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        kv_cache_bytes = min(wanted_blocks * block_bytes, _KV_BYTES, free // 2)
-    num_blocks = min(kv_cache_bytes // block_bytes, most)
-    if num_blocks < 2:
-        raise MemoryTooSmall(
-            f"the KV cache has {kv_cache_bytes} bytes; one block of {config.block_size} tokens "
-            f"and the scratch block need {2 * block_bytes}",
-            "Raise --kv-cache-memory or lower --block-size.",
-        )
-    return num_blocks
+def _kv_bytes(config: ResolvedConfig, sizes: ModelConfig) -> int:
+    """What the KV cache may take: the given number, or what is likely to be used."""
+    if config.kv_cache_bytes is not None:
+        return config.kv_cache_bytes
+    wanted = config.max_num_seqs * min(config.max_model_len, _KV_TOKENS_PER_SEQ)
+    wanted_blocks = max(-(-wanted // config.block_size), blocks_per_sequence(config)) + 1
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(wanted_blocks * block_bytes(sizes, config), _KV_BYTES, free // 2)
 
 
 def _even_parts(num_rows: int, num_parts: int) -> list[tuple[int, int]]:

@@ -22,12 +22,11 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 
     x: [num_rows, in_features], weight: [out_features, in_features] -> [num_rows, out_features].
     """
-    dtype = x.dtype
     num_rows = x.shape[0]
-    x = F.pad(x, (0, 0, 0, -num_rows % ROWS_PER_TILE)).float()
-    transposed = weight.float().t()
+    if num_rows % ROWS_PER_TILE:
+        x = F.pad(x, (0, 0, 0, -num_rows % ROWS_PER_TILE))
+    wide, transposed = x.float(), weight.float().t()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
-    for start in range(0, len(x), ROWS_PER_TILE):
-        tile = slice(start, start + ROWS_PER_TILE)
-        torch.mm(x[tile], transposed, out=out[tile])
-    return out[:num_rows].to(dtype)
+    for tile, out_tile in zip(wide.split(ROWS_PER_TILE), out.split(ROWS_PER_TILE), strict=True):
+        torch.mm(tile, transposed, out=out_tile)
+    return out[:num_rows].to(x.dtype)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_TILES_AT_ONCE = 256  # bounds the copies of K and V that the reference makes
+_TILES_AT_ONCE = 32  # the copies of their blocks, K and V, stay in a core's cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,12 +22,14 @@ class QueryTiles:
 
     A prefill gathers a block of K and V once for a tile. `tile_size` depends on the model alone.
     Tiles begin at its multiples and so lie in one block each: a token that is not finite can reach
-    no block before its own.
-    The longest come first, so that the tiles with a block number n are the first ones.
+    no block before its own, and only a tile's last block needs a mask.
+    The longest come first, so that the tiles with a block number n are the first ones, and those
+    that end with it the last of these.
     """
 
     token_indices: Tensor  # int64 [num_tiles, tile_size]: rows of q, 0 in a tile's padding
-    positions: Tensor  # int64 [num_tiles, tile_size]: absolute, -1 in a tile's padding
+    places: Tensor  # int64 [num_tokens]: where each token is in the flattened token_indices
+    masks: Tensor  # fp32 [num_tiles, 1, tile_size * group_size, block_size]: of the last block
     sequence_indices: Tensor  # int64 [num_tiles]: rows of the block tables
     num_blocks: npt.NDArray[np.int64]  # [num_tiles]: blocks up to a tile's last position
 
@@ -47,44 +49,67 @@ class QueryTiles:
         sequences = np.repeat(np.arange(len(query_lens)), num_tiles)
         tiles_before = (np.cumsum(num_tiles) - num_tiles - first_tiles)[sequences]
         positions = (np.arange(len(sequences)) - tiles_before)[:, None] * tile_size
+        num_blocks = positions[:, 0] // block_size + 1
         positions = positions + np.arange(tile_size)
-        offsets = positions - start_positions[sequences, None]
-        is_token = (offsets >= 0) & (offsets < query_lens[sequences, None])
-        first_tokens = (np.cumsum(query_lens) - query_lens)[sequences, None]
-        positions = np.where(is_token, positions, -1)
-        num_blocks = positions.max(axis=1) // block_size + 1
+        places = positions - start_positions[sequences, None]
+        is_token = (places >= 0) & (places < query_lens[sequences, None])
+        places += (np.cumsum(query_lens) - query_lens)[sequences, None]
         order = np.argsort(-num_blocks, kind="stable")
+        is_token = is_token[order]
+        token_indices = np.where(is_token, places[order], 0)
+        places = np.empty(int(query_lens.sum()), dtype=np.int64)
+        places[token_indices[is_token]] = np.flatnonzero(is_token)
+        offsets = np.where(is_token, positions[order] % block_size, 0)
+        is_future = np.arange(block_size) > offsets.repeat(group_size, axis=1)[..., None]
+        masks = np.where(is_future, np.float32(-np.inf), np.float32(0))
         return cls(
-            token_indices=torch.from_numpy(np.where(is_token, first_tokens + offsets, 0)[order]),
-            positions=torch.from_numpy(positions[order]),
+            token_indices=torch.from_numpy(token_indices),
+            places=torch.from_numpy(places),
+            masks=torch.from_numpy(masks).unsqueeze(1),
             sequence_indices=torch.from_numpy(sequences[order]),
             num_blocks=num_blocks[order],
         )
 
 
 def paged_attention_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, tiles: QueryTiles
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    tiles: QueryTiles,
+    *,
+    is_finite: bool = False,
 ) -> Tensor:
     """softmax(q K^T / sqrt(head_dim)) V over each token's own past, itself included, in fp32.
 
     q: [num_tokens, num_heads, head_dim]; k_cache, v_cache: [num_blocks, num_kv_heads, block_size,
     head_dim]; block_tables: int64 [num_sequences, max_blocks] -> [num_tokens, num_heads, head_dim].
+    What an earlier holder left in a block may be anything, NaN included, unless the caller knows
+    that it `is_finite`: that is quicker, and gives the same bits.
     """
+    num_tiles, tile_size = tiles.token_indices.shape
+    _, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    group_size = num_heads // num_kv_heads
+    # [num_tiles, num_kv_heads, tile_size * group_size, head_dim]: the rows that share K and V.
+    q = q.index_select(0, tiles.token_indices.flatten()).float() * head_dim**-0.5
+    q = q.view(num_tiles, tile_size, num_kv_heads, group_size, head_dim).transpose(1, 2)
+    q = q.reshape(num_tiles, num_kv_heads, tile_size * group_size, head_dim)
     out = torch.empty_like(q)
-    for start in range(0, len(tiles.num_blocks), _TILES_AT_ONCE):
+    for start in range(0, num_tiles, _TILES_AT_ONCE):
         part = slice(start, start + _TILES_AT_ONCE)
-        indices, positions = tiles.token_indices[part], tiles.positions[part]
-        attended = _attend(
-            q[indices],
+        out[part] = _attend(
+            q[part],
             k_cache,
             v_cache,
-            block_tables[tiles.sequence_indices[part]],
-            positions,
+            block_tables.index_select(0, tiles.sequence_indices[part]),
+            tiles.masks[part],
             tiles.num_blocks[part],
+            is_finite,
         )
-        is_token = positions >= 0
-        out[indices[is_token]] = attended[is_token].to(q.dtype)
-    return out
+    out = out.view(num_tiles, num_kv_heads, tile_size, group_size, head_dim).transpose(1, 2)
+    out = out.reshape(-1, num_heads, head_dim).index_select(0, tiles.places)
+    return out.to(k_cache.dtype)
 
 
 def _attend(
@@ -92,39 +117,41 @@ def _attend(
     k_cache: Tensor,
     v_cache: Tensor,
     block_tables: Tensor,
-    positions: Tensor,
+    masks: Tensor,
     num_blocks: npt.NDArray[np.int64],
+    is_finite: bool,
 ) -> Tensor:
-    """q: [num_tiles, tile_size, num_heads, head_dim] -> the same shape, fp32."""
-    num_tiles, tile_size, num_heads, head_dim = q.shape
-    _, num_kv_heads, block_size, _ = k_cache.shape
-    group_size = num_heads // num_kv_heads
-    rows = tile_size * group_size
-    q = q.float().view(num_tiles, tile_size, num_kv_heads, group_size, head_dim).transpose(1, 2)
-    q = q.reshape(num_tiles, num_kv_heads, rows, head_dim) * head_dim**-0.5
-    row_positions = positions.repeat_interleave(group_size, dim=1)[:, None, :, None]
-    last_positions = positions.amax(dim=1)
+    """q: fp32 [num_tiles, num_kv_heads, rows, head_dim] -> the same.
 
-    best = torch.full((num_tiles, num_kv_heads, rows, 1), -1e30)
-    total = torch.zeros_like(best)
-    out = torch.zeros_like(q)
+    masks: fp32 [num_tiles, 1, rows, block_size], added to the scores of each tile's last block.
+    """
+    best = total = out = torch.empty(0)
+    n = len(q)
     for block in range(int(num_blocks[0])):
-        n = int(np.count_nonzero(num_blocks > block))  # the first n tiles have such a block
+        m = int(np.count_nonzero(num_blocks > block + 1))  # tiles m .. n - 1 end with this block
         block_ids = block_tables[:n, block]
-        offsets = torch.arange(block * block_size, (block + 1) * block_size)
-        k = k_cache[block_ids].float().flatten(0, 1)
-        v = v_cache[block_ids].float()
-        # What an earlier holder left behind the last position may be anything, NaN included.
-        v.masked_fill_((offsets > last_positions[:n, None])[:, None, :, None], 0.0)
-        scores = torch.bmm(q[:n].flatten(0, 1), k.transpose(1, 2))
-        scores = scores.view(n, num_kv_heads, rows, block_size)
-        scores.masked_fill_(offsets > row_positions[:n], -torch.inf)
-        new_best = torch.maximum(best[:n], scores.amax(dim=-1, keepdim=True))
-        scores.sub_(new_best).exp_()
-        decay = torch.exp(best[:n] - new_best)
-        best[:n] = new_best
-        total[:n].mul_(decay).add_(scores.sum(dim=-1, keepdim=True))
-        product = torch.bmm(scores.flatten(0, 1), v.flatten(0, 1))
-        out[:n].mul_(decay).add_(product.view(n, num_kv_heads, rows, head_dim))
-    out = (out / total).view(num_tiles, num_kv_heads, tile_size, group_size, head_dim)
-    return out.transpose(1, 2).reshape(num_tiles, tile_size, num_heads, head_dim)
+        k = k_cache.index_select(0, block_ids).float().flatten(0, 1)
+        v = v_cache.index_select(0, block_ids).float().flatten(0, 1)
+        scores = torch.bmm(q[:n].flatten(0, 1), k.transpose(1, 2)).view(n, *q.shape[1:3], -1)
+        if is_finite:
+            scores[m:] += masks[m:n]
+        else:
+            is_future = masks[m:n] < 0
+            scores[m:].masked_fill_(is_future, -torch.inf)
+            is_unseen = is_future.all(dim=2).unsqueeze(3)  # [n - m, 1, block_size, 1]
+            v.view(n, -1, *v.shape[1:])[m:].masked_fill_(is_unseen, 0.0)
+        largest = scores.amax(dim=-1, keepdim=True)
+        if block == 0:
+            best = largest
+            scores.sub_(best).exp_()
+            total = scores.sum(dim=-1, keepdim=True)
+            out = torch.bmm(scores.flatten(0, 1), v).view_as(q)
+        else:
+            largest = torch.maximum(best[:n], largest)
+            decay = torch.exp(best[:n] - largest)
+            best[:n] = largest
+            scores.sub_(largest).exp_()
+            total[:n].mul_(decay).add_(scores.sum(dim=-1, keepdim=True))
+            out[:n].mul_(decay).add_(torch.bmm(scores.flatten(0, 1), v).view_as(out[:n]))
+        n = m
+    return out / total

@@ -21,8 +21,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Rounds to x's dtype before the weight is applied, as the model was trained.
     """
     wide = x.float()
-    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * normalized.to(x.dtype)
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     """
     gate, up = gate_up.chunk(2, dim=-1)
     wide = gate.float()
-    return (wide / (1 + torch.exp(-wide))).to(gate.dtype) * up
+    return wide.neg().exp_().add_(1).reciprocal_().mul_(wide).to(gate.dtype).mul_(up)
 
 
 @triton.jit

@@ -7,7 +7,6 @@ checked here against formulas of PyTorch's own.
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -309,12 +308,17 @@ class Paged:
             q = torch.randn(num_tokens, num_kv_heads * group_size, head_dim, generator=generator)
             self.queries.append(q.to(dtype))
 
-    def attend(self, sequences: list[int] | None = None) -> list[Tensor]:
+    def attend(
+        self, sequences: list[int] | None = None, *, is_finite: bool = False
+    ) -> list[Tensor]:
         """The packed attention of some sequences, taken apart again."""
         chosen = list(range(len(self.lens))) if sequences is None else sequences
-        return self.attend_at([(i, *self.lens[i], self.queries[i]) for i in chosen])
+        parts = [(i, *self.lens[i], self.queries[i]) for i in chosen]
+        return self.attend_at(parts, is_finite=is_finite)
 
-    def attend_at(self, parts: list[tuple[int, int, int, Tensor]]) -> list[Tensor]:
+    def attend_at(
+        self, parts: list[tuple[int, int, int, Tensor]], *, is_finite: bool = False
+    ) -> list[Tensor]:
         """Of (sequence, start position, tokens, queries)."""
         query_lens = np.array([n for _, _, n, _ in parts], dtype=np.int32)
         tiles = QueryTiles.of(
@@ -329,6 +333,7 @@ class Paged:
             self.v_cache,
             self.block_tables[[i for i, _, _, _ in parts]],
             tiles,
+            is_finite=is_finite,
         )
         return list(out.split(query_lens.tolist()))
 
@@ -434,30 +439,34 @@ def test_a_bad_token_harms_no_block_before_its_own(group_size: int) -> None:
         assert torch.equal(actual[: 16 - start], clean[start:16]), f"a chunk from {start} on"
 
 
-def tiles_of(
-    query_lens: list[int], start_positions: list[int], group_size: int
-) -> tuple[QueryTiles, npt.NDArray[np.int64]]:
-    tiles = QueryTiles.of(
-        np.array(query_lens, dtype=np.int32),
-        np.array(start_positions, dtype=np.int32),
-        group_size=group_size,
-        block_size=16,
-    )
-    return tiles, tiles.positions.numpy()
-
-
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 8, 16])
 def test_query_tiles_hold_every_token_once_at_its_position(group_size: int) -> None:
     query_lens, starts = [1, 17, 8, 3], [40, 5, 0, 15]
-    tiles, positions = tiles_of(query_lens, starts, group_size)
-    is_token = positions >= 0
-    tokens = tiles.token_indices.numpy()[is_token]
-    assert sorted(tokens.tolist()) == list(range(sum(query_lens)))
-    expected = np.concatenate(
-        [np.arange(start, start + n) for start, n in zip(starts, query_lens, strict=True)]
+    tiles = QueryTiles.of(
+        np.array(query_lens, dtype=np.int32),
+        np.array(starts, dtype=np.int32),
+        group_size=group_size,
+        block_size=16,
     )
-    assert np.array_equal(positions[is_token], expected[tokens])
-    sequences = np.repeat(np.arange(4), query_lens)
-    owners = np.broadcast_to(tiles.sequence_indices.numpy()[:, None], positions.shape)
-    assert np.array_equal(owners[is_token], sequences[tokens])
-    assert np.array_equal(tiles.num_blocks, positions.max(axis=1) // 16 + 1)
+    num_tokens = sum(query_lens)
+    tokens = tiles.token_indices.flatten()[tiles.places]
+    assert torch.equal(tokens, torch.arange(num_tokens))
+    tile_of_token = tiles.places.numpy() // tiles.token_indices.shape[1]
+    owners = tiles.sequence_indices.numpy()[tile_of_token]
+    assert np.array_equal(owners, np.repeat(np.arange(4), query_lens))
+    num_visible = (tiles.masks[:, 0, ::group_size] == 0).sum(dim=-1).flatten()[tiles.places].numpy()
+    positions = (tiles.num_blocks[tile_of_token] - 1) * 16 + num_visible - 1
+    expected = [np.arange(start, start + n) for start, n in zip(starts, query_lens, strict=True)]
+    assert np.array_equal(positions, np.concatenate(expected))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_knowing_that_the_pages_are_finite_changes_no_bit(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lens: Lens = [(int(rng.integers(0, 150)), int(rng.integers(1, 50))) for _ in range(40)]
+    paged = Paged(lens, seed=seed)
+    expected = paged.attend()
+    paged.k_cache.nan_to_num_(nan=7.0)
+    paged.v_cache.nan_to_num_(nan=-9.0)
+    for actual, other in zip(paged.attend(is_finite=True), expected, strict=True):
+        assert torch.equal(actual, other)

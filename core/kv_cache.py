@@ -1,0 +1,63 @@
+"""The KV cache: a layer's pages, how many blocks some memory holds, and their allocation."""
+
+import torch
+
+from nanovllm_cli.core.attention import KVCache
+from nanovllm_cli.core.config import ModelConfig
+from nanovllm_cli.core.errors import MemoryTooSmall
+from nanovllm_cli.core.resolved_config import ResolvedConfig
+
+
+def blocks_per_sequence(config: ResolvedConfig) -> int:
+    """Blocks of the longest sequence."""
+    return -(-config.max_model_len // config.block_size)
+
+
+def block_bytes(sizes: ModelConfig, config: ResolvedConfig) -> int:
+    """Bytes of one block over all layers."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return sizes.kv_bytes_per_token(dtype.itemsize) * config.block_size
+
+
+def num_kv_blocks(free_bytes: int, sizes: ModelConfig, config: ResolvedConfig) -> int:
+    """Blocks that `free_bytes` hold, no more than the running sequences can fill.
+
+    The scratch block is one of them. Raises MemoryTooSmall where there is no room for another.
+    """
+    most = config.max_num_seqs * blocks_per_sequence(config) + 1
+    num_blocks = min(free_bytes // block_bytes(sizes, config), most)
+    if num_blocks >= 2:
+        return num_blocks
+    if config.kv_cache_bytes is not None or config.device == "cpu":
+        hint = "Raise --kv-cache-memory or lower --block-size."
+    else:
+        hint = (
+            "Lower --max-num-batched-tokens or --max-num-seqs, or raise --gpu-memory-utilization."
+        )
+    raise MemoryTooSmall(
+        f"{max(free_bytes, 0)} bytes are left for the KV cache; one block of {config.block_size} "
+        f"tokens and the scratch block need {2 * block_bytes(sizes, config)}",
+        hint,
+    )
+
+
+def allocate_kv_caches(
+    num_blocks: int, sizes: ModelConfig, config: ResolvedConfig
+) -> list[KVCache]:
+    """Every layer's pages, of zeros; raises MemoryTooSmall."""
+    shape = (num_blocks, sizes.num_key_value_heads, config.block_size, sizes.head_dim)
+    dtype = getattr(torch, config.dtype)
+
+    def pages() -> torch.Tensor:
+        # Filled and so really there: memory that is short fails now, not in the night.
+        return torch.empty(shape, dtype=dtype, device=config.device).fill_(0)
+
+    try:
+        return [KVCache(k=pages(), v=pages()) for _ in range(sizes.num_hidden_layers)]
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's has no class
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        raise MemoryTooSmall(
+            f"a KV cache of {num_blocks * block_bytes(sizes, config)} bytes does not fit",
+            "Lower --kv-cache-memory, --max-num-seqs or --max-model-len.",
+        ) from error
