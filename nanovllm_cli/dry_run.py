@@ -14,17 +14,19 @@ from nanovllm_cli.core.sampling_params import SamplingParams
 
 from .exit_code import ExitCode
 from .feeder import TokenizedPrompt, to_prompts, tokenize
+from .first_rows import try_first_rows
+from .inputs import find_inputs
 from .models import default_sampling, resolve_model
 from .options import GenerateOptions
-from .pipeline import load_tokenizer, try_first_rows
+from .pipeline import load_tokenizer
 from .prompts import Prompt
-from .rows import BadRow, check_inputs, find_inputs, read_rows
+from .rows import BadRow, check_inputs, read_rows
 
 
 def dry_run(options: GenerateOptions) -> ExitCode:
     """Report on stderr; the exit code is the one the job's bad rows would give."""
     sources = find_inputs(options.inputs)
-    check_inputs(sources)
+    check_inputs(sources, limit=options.limit)
     rows = try_first_rows(read_rows(sources, limit=options.limit), options.prompt)
     path = resolve_model(options.model, options.revision, offline=options.offline)
     model = ModelConfig.from_directory(path)
@@ -84,7 +86,7 @@ def _refusal(
     try:
         sampling = SamplingParams(**{**defaults, **fed.prompt.sampling})
     except ValueError:
-        return "bad_parameter"
+        return "bad_parameters"
     return "bad_parameters" if max(sampling.stop_token_ids, default=0) >= vocab_size else None
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from .id_set import IdSet
-from .prompts import Prompt, PromptOptions, to_prompt
+from .prompt_options import PromptOptions
+from .prompts import Prompt, to_prompt
 from .rows import BadRow, Row
 from .tokenizer import PromptTokenizer, TemplateError
 
@@ -63,14 +64,7 @@ def tokenize(chunk: list[Prompt | BadRow], tokenizer: PromptTokenizer) -> list[F
 
 def bad_row(prompt: Prompt, code: str, message: str) -> BadRow:
     """The row of `prompt`, failed."""
-    return BadRow(
-        index=prompt.index,
-        source=prompt.source,
-        line=prompt.line,
-        id=prompt.id,
-        code=code,
-        message=message,
-    )
+    return prompt.row.failed(prompt.id, code, message)
 
 
 class Feeder:

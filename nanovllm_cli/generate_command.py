@@ -11,7 +11,7 @@ from nanovllm_cli.core.errors import UserError
 from . import flags
 from .exit_code import ExitCode
 from .options import GenerateOptions
-from .prompts import PromptOptions
+from .prompt_options import PromptOptions
 from .run_job import run_job
 from .settings import load_config_file, option
 

@@ -105,7 +105,7 @@ class Job:
                 seed = sample_seed(options.seed, prompt.index, row_seed, sample)
                 sampling = SamplingParams(**fields, seed=seed)
             except ValueError as error:  # the row and the flags are good alone, but not together
-                self._fail(bad_row(prompt, "bad_parameter", str(error)))
+                self._fail(bad_row(prompt, "bad_parameters", str(error)))
                 return
             failure = self._engine.add(
                 Request(

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 from .exit_code import CommandError, ExitCode
+from .inputs import Source
 from .options import GenerateOptions
 from .results import error_line
-from .rows import BadRow, Source
+from .rows import BadRow
 from .writer import FileWriter, StreamWriter, io_errors
 
 

@@ -9,8 +9,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .inputs import Source
 from .results import RESULT_COLUMNS
-from .rows import Source
 
 _ROWS_AT_ONCE = 1024
 _SAMPLE = pa.struct(

@@ -5,8 +5,6 @@ are checked first, then the model's files, and only then are the weights loaded,
 rows are already being tokenized.
 """
 
-from collections.abc import Iterator
-from itertools import chain, islice
 from pathlib import Path
 
 import orjson
@@ -14,19 +12,18 @@ import orjson
 from nanovllm_cli import __version__
 from nanovllm_cli.core.engine import Engine
 
-from .exit_code import CommandError, ExitCode
+from .exit_code import ExitCode
 from .feeder import Feeder, to_prompts
+from .first_rows import try_first_rows
+from .inputs import find_inputs
 from .job import Job
 from .models import default_sampling, resolve_model
 from .options import GenerateOptions
 from .output import JobOutput
 from .progress import Progress
-from .prompts import PromptOptions, to_prompt
-from .rows import BadRow, Row, check_inputs, find_inputs, read_rows
+from .rows import check_inputs, read_rows
 from .tokenizer import PromptTokenizer
 from .totals import Totals
-
-_ROWS_TRIED_FIRST = 100
 
 
 def generate(options: GenerateOptions) -> ExitCode:
@@ -34,12 +31,11 @@ def generate(options: GenerateOptions) -> ExitCode:
     totals = Totals()
     with totals.phase("check"):
         sources = find_inputs(options.inputs)
-        num_rows = check_inputs(sources).num_rows
+        num_rows = check_inputs(sources, limit=options.limit)
         rows = try_first_rows(read_rows(sources, limit=options.limit), options.prompt)
         path = resolve_model(options.model, options.revision, offline=options.offline)
         sampling = default_sampling(path) | options.sampling
-    if num_rows is not None:
-        totals.num_expected_rows = min(num_rows, options.limit or num_rows)
+    totals.num_expected_rows = num_rows
     output = JobOutput(options, sources)
     feeder = None
     try:
@@ -71,21 +67,6 @@ def generate(options: GenerateOptions) -> ExitCode:
         if feeder is not None:
             feeder.close()
         output.close()
-
-
-def try_first_rows(rows: Iterator[Row | BadRow], options: PromptOptions) -> Iterator[Row | BadRow]:
-    """`rows` unchanged; raises CommandError INPUT_UNUSABLE where the first ones are all bad."""
-    first = list(islice(rows, _ROWS_TRIED_FIRST))
-    tried = (to_prompt(row, options) if isinstance(row, Row) else row for row in first)
-    bad = [row for row in tried if isinstance(row, BadRow)]
-    if bad and len(bad) == len(first):
-        raise CommandError(
-            f"{bad[0].source}:{bad[0].line}: {bad[0].message}",
-            f"None of the first {len(bad)} rows is usable. A row needs a prompt, messages or "
-            "prompt_token_ids; --prompt-column, --messages-column and --template name others.",
-            exit_code=ExitCode.INPUT_UNUSABLE,
-        )
-    return chain(first, rows)
 
 
 def load_tokenizer(options: GenerateOptions, model_path: Path) -> PromptTokenizer:

@@ -9,7 +9,6 @@ import base64
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any, Literal
 
 import orjson
@@ -90,13 +89,9 @@ def _members(content: bytes, *, without: tuple[str, ...]) -> Iterator[bytes]:
             start = match.end()
 
 
-def _to_json(value: object) -> object:
-    """What Parquet has and JSON has not."""
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, Decimal):
-        return str(value)
-    return repr(value)
+def _to_json(value: object) -> str:
+    """What Parquet has and JSON has not; parquet_values.py has taken care of the rest."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
 
 def _openai_result(

@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from .exit_code import CommandError, ExitCode
+from .inputs import Source
 from .parquet_output import write_parquet
-from .rows import Source
 
 
 class FileWriter:

@@ -14,7 +14,8 @@ from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output, Re
 from nanovllm_cli.feeder import TokenizedPrompt
 from nanovllm_cli.job import Job, sample_seed
 from nanovllm_cli.options import GenerateOptions
-from nanovllm_cli.prompts import Prompt, PromptOptions, to_prompt
+from nanovllm_cli.prompt_options import PromptOptions
+from nanovllm_cli.prompts import Prompt, to_prompt
 from nanovllm_cli.results import Sample, error_line, result_line
 from nanovllm_cli.rows import BadRow, Row
 from nanovllm_cli.totals import Totals
@@ -260,7 +261,7 @@ def test_settings_that_do_not_go_together_fail_the_row() -> None:
         lambda request: [completed(request, "x")],
         sampling={"min_tokens": 5},
     )
-    assert output.errors[0].code == "bad_parameter"
+    assert output.errors[0].code == "bad_parameters"
     assert sorted(output.rows) == [1]
 
 

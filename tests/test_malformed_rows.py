@@ -13,8 +13,10 @@ from pathlib import Path
 
 import orjson
 
-from nanovllm_cli.prompts import Prompt, PromptOptions, to_prompt
-from nanovllm_cli.rows import Row, check_inputs, find_inputs, read_rows
+from nanovllm_cli.inputs import find_inputs
+from nanovllm_cli.prompt_options import PromptOptions
+from nanovllm_cli.prompts import Prompt, to_prompt
+from nanovllm_cli.rows import Row, check_inputs, read_rows
 
 NUM_LINES = 100_000
 MAX_RSS_BYTES = 300 << 20
@@ -129,7 +131,7 @@ def read_all(path: str) -> dict[str, object]:
     return {
         "num_rows": num_rows,
         "num_good": num_good,
-        "num_checked": check_inputs(sources).num_rows,
+        "num_checked": check_inputs(sources),
         "codes": codes,
         "longest_message": longest_message,
         "peak_bytes": int(peak.split()[1]) << 10,
@@ -151,7 +153,7 @@ def test_100_000_malformed_lines_are_counted_and_never_raise(tmp_path: Path) -> 
     assert found["longest_message"] < 500
     assert codes["line_too_long"] == 1
     seen = {"invalid_json", "not_an_object", "no_prompt", "empty_prompt", "bad_prompt", "bad_id"}
-    seen |= {"bad_messages", "bad_parameter", "unknown_setting", "bad_openai_line"}
+    seen |= {"bad_messages", "bad_parameters", "unknown_setting", "bad_openai_line"}
     assert seen <= set(codes)
 
 

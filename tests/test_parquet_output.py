@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanovllm_cli.inputs import Source, find_inputs
 from nanovllm_cli.parquet_output import write_parquet
-from nanovllm_cli.prompts import Prompt, PromptOptions, to_prompt
+from nanovllm_cli.prompt_options import PromptOptions
+from nanovllm_cli.prompts import Prompt, to_prompt
 from nanovllm_cli.results import Sample, result_line
-from nanovllm_cli.rows import Row, Source, find_inputs, read_rows
+from nanovllm_cli.rows import Row, read_rows
 
 STDIN = [Source(name="<stdin>", path=None)]
 RESULTS = ["completion", "reasoning", "finish_reason", "usage"]

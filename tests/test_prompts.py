@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from nanovllm_cli.core.sampling_params import SamplingParams
 from nanovllm_cli.exit_code import CommandError, ExitCode
-from nanovllm_cli.prompts import Prompt, PromptOptions, to_prompt
+from nanovllm_cli.prompt_options import PromptOptions
+from nanovllm_cli.prompts import Prompt, to_prompt
 from nanovllm_cli.rows import BadRow, Row
 
 SETTINGS_OF_OTHERS = """
@@ -287,9 +288,8 @@ def test_a_rows_settings_are_taken() -> None:
     SamplingParams(**prompt.sampling)
 
 
-def test_only_the_rows_own_settings_are_in_its_prompt() -> None:
-    options = {"sampling": {"temperature": 0.5, "max_tokens": 8}}
-    assert good({"prompt": "x", "max_tokens": 9}, **options).sampling == {"max_tokens": 9}
+def test_settings_are_checked_together() -> None:
+    bad("bad_parameters", {"prompt": "x", "min_tokens": 9, "max_tokens": 8}, "9")
 
 
 @pytest.mark.parametrize("off", [0, -1])
@@ -320,18 +320,7 @@ def test_stop_can_be_one_string() -> None:
 )
 def test_a_setting_of_wrong_type_or_range_is_bad(name: str, values: list[Any]) -> None:
     for value in values:
-        bad("bad_parameter", {"prompt": "x", name: value}, f"{name} is ")
-
-
-def test_settings_are_checked_together_with_the_flags() -> None:
-    bad("bad_parameter", {"prompt": "x", "min_tokens": 9}, "9", sampling={"max_tokens": 8})
-
-
-@pytest.mark.parametrize("sampling", [{"temperature": -1}, {"temprature": 1}, {"top_p": "x"}])
-def test_flags_are_checked_once_at_the_start(sampling: dict[str, Any]) -> None:
-    with pytest.raises(CommandError) as caught:
-        PromptOptions(sampling=sampling)
-    assert caught.value.exit_code == ExitCode.USAGE
+        bad("bad_parameters", {"prompt": "x", name: value}, f"{name} is ")
 
 
 def test_a_rows_thinking_goes_before_the_flag() -> None:
@@ -345,7 +334,7 @@ def test_a_rows_thinking_goes_before_the_flag() -> None:
 
 def test_thinking_is_for_chats() -> None:
     columns = {"prompt": "x", "chat_template_kwargs": {"enable_thinking": False}}
-    bad("bad_parameter", columns, "chat_template_kwargs")
+    bad("bad_parameters", columns, "chat_template_kwargs")
     assert good(columns, chat=True).enable_thinking is False
     assert good({"prompt": "x"}, enable_thinking=True).enable_thinking is None
 
@@ -403,7 +392,7 @@ def test_a_completions_line_stands_as_it_is() -> None:
 def test_max_completion_tokens_are_max_tokens() -> None:
     assert good(chat_line(max_completion_tokens=5)).sampling == {"max_tokens": 5}
     assert good(chat_line(max_completion_tokens=5, max_tokens=5)).sampling == {"max_tokens": 5}
-    bad("bad_parameter", chat_line(max_completion_tokens=5, max_tokens=6), "differ")
+    bad("bad_parameters", chat_line(max_completion_tokens=5, max_tokens=6), "differ")
 
 
 @pytest.mark.parametrize(
@@ -435,9 +424,9 @@ def test_a_bad_openai_line_is_named(columns: dict[str, Any], words: str) -> None
         ("bad_prompt", text_line(prompt=["a", "b"]), "body.prompt is ['a', 'b']"),
         ("empty_prompt", text_line(prompt=""), "body.prompt is empty"),
         ("empty_prompt", text_line(prompt=[]), "body.prompt is empty"),
-        ("bad_parameter", chat_line(stream=True), "body.stream is True"),
-        ("bad_parameter", chat_line(temperature=-1), "body.temperature is -1"),
-        ("bad_parameter", chat_line(n=0), "body.n is 0"),
+        ("bad_parameters", chat_line(stream=True), "body.stream is True"),
+        ("bad_parameters", chat_line(temperature=-1), "body.temperature is -1"),
+        ("bad_parameters", chat_line(n=0), "body.n is 0"),
         ("unknown_setting", chat_line(logprobs=True), "'logprobs'"),
         ("unknown_setting", chat_line(temprature=1), "did you mean 'temperature'"),
         ("unknown_setting", chat_line(anything=1), "'anything' is not supported"),

@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from nanovllm_cli.core.errors import ModelError
-from nanovllm_cli.prompts import Prompt, PromptOptions, to_prompt
+from nanovllm_cli.prompt_options import PromptOptions
+from nanovllm_cli.prompts import Prompt, to_prompt
 from nanovllm_cli.rows import Row
 from nanovllm_cli.tokenizer import PromptTokenizer, TemplateError
 

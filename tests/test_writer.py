@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanovllm_cli.exit_code import CommandError, ExitCode
-from nanovllm_cli.rows import Source
+from nanovllm_cli.inputs import Source
 from nanovllm_cli.writer import FileWriter, StreamWriter
 
 from .cli import ROOT, environment
@@ -145,7 +145,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from nanovllm_cli.exit_code import CommandError, ExitCode
-from nanovllm_cli.rows import Source
+from nanovllm_cli.inputs import Source
 from nanovllm_cli.writer import FileWriter
 
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,0 +1,49 @@
+"""The first rows of a job, tried before the model is loaded.
+
+What is wrong with all of them is wrong with the command, or with the inputs as a whole.
+"""
+
+import difflib
+from collections.abc import Iterator
+from itertools import chain, islice
+
+from .exit_code import CommandError, ExitCode
+from .prompt_options import PromptOptions
+from .prompts import to_prompt
+from .refusal import shown
+from .rows import BadRow, Row
+
+_ROWS_TRIED = 100
+
+
+def try_first_rows(rows: Iterator[Row | BadRow], options: PromptOptions) -> Iterator[Row | BadRow]:
+    """`rows` unchanged, after a look at the first.
+
+    Raises CommandError: USAGE for a column that a flag names and none of them has, INPUT_UNUSABLE
+    where all of them are bad.
+    """
+    first = list(islice(rows, _ROWS_TRIED))
+    _check_named_columns([row for row in first if isinstance(row, Row)], options)
+    tried = (to_prompt(row, options) if isinstance(row, Row) else row for row in first)
+    bad = [row for row in tried if isinstance(row, BadRow)]
+    if bad and len(bad) == len(first):
+        raise CommandError(
+            f"{bad[0].source}:{bad[0].line}: {bad[0].message}",
+            f"None of the first {len(bad)} rows is usable. A row needs a prompt, messages or "
+            "prompt_token_ids; --prompt-column, --messages-column and --template name others.",
+            exit_code=ExitCode.INPUT_UNUSABLE,
+        )
+    return chain(first, rows)
+
+
+def _check_named_columns(rows: list[Row], options: PromptOptions) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row.columns))
+    defaults = (PromptOptions.prompt_column, PromptOptions.messages_column)
+    for name, flag in options.named_columns.items():
+        if not rows or name in columns or (flag != "--template" and name in defaults):
+            continue
+        near = difflib.get_close_matches(name, columns, n=1)
+        raise CommandError(
+            f"{flag} names the column {shown(name)}, which none of the first {len(rows)} rows has",
+            f"Did you mean {shown(near[0])}?" if near else f"The rows have {shown(columns)}.",
+        )

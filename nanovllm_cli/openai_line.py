@@ -1,0 +1,93 @@
+"""An OpenAI batch line -> what it asks for: endpoint, model, content and settings.
+
+{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}, as in
+https://platform.openai.com/docs/guides/batch.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from .prompt_content import Content, from_messages, from_text, from_token_ids
+from .refusal import Refused, checked_text, shown
+from .row_settings import SETTINGS, RowSettings, complaint_about, parse_settings, setting_names
+
+Endpoint = Literal["chat", "completions"]
+
+_ENDPOINTS: dict[str, Endpoint] = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+}
+_WITHOUT_EFFECT = frozenset({"stream", "user", "metadata", "store"})
+_BODY_FIELDS = frozenset(
+    {"model", "messages", "prompt", "max_completion_tokens", *_WITHOUT_EFFECT, *SETTINGS}
+)
+
+
+class OpenAIRequest(NamedTuple):
+    """What one line asks for."""
+
+    endpoint: Endpoint
+    model: str | None
+    content: Content
+    settings: RowSettings
+
+
+def is_openai_line(columns: Mapping[str, Any]) -> bool:
+    """Whether a row is meant as one: it has a custom_id, and a body or a url."""
+    if columns.get("custom_id") is None:
+        return False
+    return columns.get("body") is not None or columns.get("url") is not None
+
+
+def parse_openai_line(columns: Mapping[str, Any], system: str | None) -> OpenAIRequest:
+    """Check all that a line says; `system` goes before a chat without a system message."""
+    endpoint, body = _endpoint_and_body(columns)
+    model = body.pop("model", None)
+    if model is not None:
+        checked_text("body.model", model, "bad_openai_line")
+    content = _take_content(endpoint, body, system)
+    return OpenAIRequest(endpoint, model, content, parse_settings(body, "body."))
+
+
+def _endpoint_and_body(columns: Mapping[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
+    """The endpoint, and the body's fields as far as they have an effect."""
+    code = "bad_openai_line"
+    method, url, body = columns.get("method"), columns.get("url"), columns.get("body")
+    if method != "POST":
+        raise Refused(code, f"method is {shown(method)}; it must be POST")
+    if not isinstance(url, str) or url not in _ENDPOINTS:
+        raise Refused(code, f"url is {shown(url)}; it must be one of {', '.join(_ENDPOINTS)}")
+    if not isinstance(body, dict):
+        raise Refused(code, f"body is {shown(body)}; it must be an object")
+    for name in setting_names(tuple(columns)):
+        if columns[name] is not None:
+            raise Refused(code, f"{shown(name)} must stand in the body")
+    body = {name: value for name, value in body.items() if value is not None}
+    for name in body:
+        if name not in _BODY_FIELDS:
+            reason = complaint_about(name) or f"{shown(name)} is not supported"
+            raise Refused("unknown_setting", f"in the body, {reason}")
+    stream = body.get("stream", False)
+    if stream is not False:
+        raise Refused("bad_parameters", f"body.stream is {shown(stream)}; it must be false")
+    if "max_completion_tokens" in body:
+        limit = body.pop("max_completion_tokens")
+        if body.setdefault("max_tokens", limit) != limit:
+            raise Refused("bad_parameters", "body.max_tokens and max_completion_tokens differ")
+    for name in _WITHOUT_EFFECT:
+        body.pop(name, None)
+    return _ENDPOINTS[url], body
+
+
+def _take_content(endpoint: Endpoint, body: dict[str, Any], system: str | None) -> Content:
+    """Takes it out of `body`, where settings remain."""
+    prompt, messages = body.pop("prompt", None), body.pop("messages", None)
+    foreign = prompt if endpoint == "chat" else messages
+    if foreign is not None:
+        names = "messages and no prompt" if endpoint == "chat" else "a prompt and no messages"
+        raise Refused("bad_openai_line", f"the body of this url has {names}")
+    if endpoint == "chat":
+        return from_messages(messages, "body.messages", system)
+    if isinstance(prompt, list):
+        return from_token_ids(prompt, "body.prompt")
+    return from_text(prompt, "body.prompt")

@@ -1,0 +1,56 @@
+"""PromptOptions: what the command says of all rows. Imports little, for a quick `--help`."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from string import Formatter
+
+from .exit_code import CommandError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How rows become prompts; a row's own fields win.
+
+    Raises CommandError for a template or a text that cannot be used.
+    """
+
+    chat: bool = False  # a prompt is a user message
+    template: str | None = None  # "Translate: {text}": columns are its fields
+    system: str | None = None  # for messages that have no system message; makes prompts messages
+    enable_thinking: bool | None = None  # None: what the chat template does by itself
+    prompt_column: str = "prompt"
+    messages_column: str = "messages"
+    id_column: str | None = None  # None: `id`, else `custom_id`, if there is one
+
+    def __post_init__(self) -> None:
+        for flag, text in (("template", self.template), ("system", self.system)):
+            try:
+                (text or "").encode()
+            except UnicodeEncodeError:
+                raise CommandError(f"--{flag} is no valid Unicode text") from None
+        _ = self.template_parts
+
+    @cached_property
+    def template_parts(self) -> list[tuple[str, str | None]]:
+        """The template, as pieces of text and the name of the column behind each."""
+        hint = "Fields are names of columns, like {text}; write {{ and }} for braces."
+        try:
+            parts = list(Formatter().parse(self.template or ""))
+        except ValueError as error:
+            raise CommandError(f"template {self.template!r}: {error}", hint) from None
+        for _, name, spec, conversion in parts:
+            is_column = name and not name.isdigit() and "." not in name and "[" not in name
+            if name is not None and (not is_column or spec or conversion):
+                raise CommandError(f"template {self.template!r} has other fields than names", hint)
+        return [(text, name) for text, name, _, _ in parts]
+
+    @cached_property
+    def named_columns(self) -> dict[str, str]:
+        """The columns that flags name, and by which flag; data, whatever they are called."""
+        flags = {
+            "--prompt-column": self.prompt_column,
+            "--messages-column": self.messages_column,
+            "--id-column": self.id_column,
+        }
+        named = {name: flag for flag, name in flags.items() if name is not None}
+        return named | {name: "--template" for _, name in self.template_parts if name is not None}

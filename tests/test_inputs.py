@@ -1,0 +1,100 @@
+"""inputs.py: which files a command line names."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanovllm_cli.exit_code import CommandError, ExitCode
+from nanovllm_cli.inputs import find_inputs
+from nanovllm_cli.rows import check_inputs
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def names(arguments: list[str]) -> list[str]:
+    return [found.name for found in find_inputs(arguments)]
+
+
+def refusal(arguments: list[str]) -> CommandError:
+    with pytest.raises(CommandError) as caught:
+        find_inputs(arguments)
+    return caught.value
+
+
+def test_files_keep_the_order_they_are_named_in() -> None:
+    for name in ("b.jsonl", "a.jsonl"):
+        Path(name).touch()
+    assert names(["b.jsonl", "a.jsonl"]) == ["b.jsonl", "a.jsonl"]
+
+
+def test_a_glob_is_sorted_and_takes_files_only() -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.txt"):
+        Path(name).touch()
+    Path("d.jsonl").mkdir()
+    assert names(["*.jsonl"]) == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_that_file() -> None:
+    Path("part[1].jsonl").touch()
+    Path("part1.jsonl").touch()
+    assert names(["part[1].jsonl"]) == ["part[1].jsonl"]
+
+
+def test_a_directory_gives_its_own_input_files_sorted() -> None:
+    wanted = ["a.jsonl", "b.ndjson.gz", "c.json.zst", "d.parquet", "e.JSONL"]
+    directory = Path("data")
+    (directory / "deeper").mkdir(parents=True)
+    ours = ["a.jsonl.errors.jsonl", "a.jsonl.stats.json", "a.jsonl.partial", "a.jsonl.lock"]
+    for name in [
+        *wanted,
+        *ours,
+        ".a.jsonl.17.tmp",
+        "notes.txt",
+        ".hidden.jsonl",
+        "x.csv.gz",
+        "deeper/f.jsonl",
+    ]:
+        (directory / name).touch()
+    assert names(["data"]) == [f"data/{name}" for name in wanted]
+
+
+def test_a_file_that_lies_beside_an_output_may_be_named() -> None:
+    for name in ("out.jsonl", "out.jsonl.errors.jsonl"):
+        Path(name).touch()
+    assert names(["out.jsonl.errors.jsonl"]) == ["out.jsonl.errors.jsonl"]
+    assert names(["*.jsonl"]) == ["out.jsonl", "out.jsonl.errors.jsonl"]
+
+
+@pytest.mark.parametrize("argument", ["nothing.jsonl", "nothing/*.jsonl", "empty", ""])
+def test_an_input_that_is_not_there_names_what_was_tried(argument: str, tmp_path: Path) -> None:
+    Path("empty").mkdir()
+    error = refusal([argument])
+    assert error.exit_code == ExitCode.NOT_FOUND
+    assert error.hint
+    assert str(tmp_path / argument if argument else "''") in error.message
+
+
+def test_a_misspelled_file_is_suggested() -> None:
+    Path("prompts.jsonl").touch()
+    assert refusal(["promts.jsonl"]).hint == "Did you mean prompts.jsonl?"
+
+
+def test_stdin_can_be_named_once_only() -> None:
+    assert refusal(["-", "-"]).exit_code == ExitCode.USAGE
+
+
+def test_a_closed_stdin_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert refusal(["-"]).exit_code == ExitCode.NOT_FOUND
+
+
+def test_a_fifo_is_a_stream() -> None:
+    os.mkfifo("pipe")
+    (pipe,) = find_inputs(["pipe"])
+    assert pipe.is_stream
+    assert check_inputs([pipe]) is None
