@@ -13,6 +13,7 @@ from nanovllm_cli.core.errors import ModelError, UserError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+AttentionBackendName = Literal["auto", "triton", "flash-attn", "flash-attn-3", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +178,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.92
     enable_prefix_caching: bool = True
     enforce_eager: bool = False  # no captured steps on a GPU
+    attention_backend: AttentionBackendName = "auto"  # of prefills on a GPU; auto: the best
     max_window_steps: int | None = None  # decode steps a launch; None: 1 on a CPU, 32 on a GPU
     max_launches_in_flight: int | None = None  # not yet read; None: 0 on a CPU, 1 on a GPU
     num_threads: int | None = None  # on a CPU; None: one for each core
@@ -186,6 +188,7 @@ class EngineConfig:
         for name, value, choices in (
             ("device", self.device, get_args(Device)),
             ("dtype", self.dtype, get_args(DType)),
+            ("attention_backend", self.attention_backend, get_args(AttentionBackendName)),
         ):
             if value not in choices:
                 raise UserError(f"{name} is {value!r}", f"Choose one of {', '.join(choices)}.")

@@ -14,6 +14,7 @@ from nanovllm_cli.core.batch import DecodeBatch
 from nanovllm_cli.core.block_manager import BlockManager
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.cpu_runner import CpuRunner
+from nanovllm_cli.core.gpu_errors import check_weights_fit, gpu_errors
 from nanovllm_cli.core.gpu_runner import GpuRunner
 from nanovllm_cli.core.loader import load_weights
 from nanovllm_cli.core.qwen3 import Qwen3
@@ -36,6 +37,8 @@ class Engine:
         runner = CpuRunner if resolved.device == "cpu" else GpuRunner
         self._runner: Runner = runner(model, resolved)
         self.device = resolved.device
+        backend = resolved.attention_backend
+        self.attention_backend = backend.name if backend is not None else "pytorch"
         self.num_blocks = self._runner.num_blocks
         # One block is scratch. A small cache shortens what can be asked for.
         longest = (self.num_blocks - 1) * resolved.block_size
@@ -110,10 +113,11 @@ class Engine:
 def build_model(model_config: ModelConfig, config: EngineConfig) -> Qwen3:
     """The model with uninitialized weights, on the device and in the dtype of `config`."""
     resolved = resolve(config, model_config)
+    check_weights_fit(model_config, resolved)
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, resolved.dtype))
     try:
-        with torch.device(resolved.device):
+        with gpu_errors(is_start=True), torch.device(resolved.device):
             return Qwen3(model_config, resolved.max_model_len)
     finally:
         torch.set_default_dtype(default)

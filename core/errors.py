@@ -14,5 +14,13 @@ class ModelError(UserError):
     """The model's files cannot be used: unknown architecture, missing or misshapen tensors."""
 
 
+class GpuFailed(UserError):
+    """The GPU failed, or ran out of memory, in the middle of a job; what is finished is kept."""
+
+
 class MemoryTooSmall(UserError):
     """The machine has too little memory for the model and one sequence's KV cache."""
+
+
+class EngineDied(UserError):
+    """The engine's process has ended or hangs, and to start it again has not helped."""

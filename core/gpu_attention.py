@@ -5,33 +5,21 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nanovllm_cli.core.attention import KVCache
+from nanovllm_cli.core.attention_backend import AttentionBackend, PackedSequences
 from nanovllm_cli.kernels.decode_attention import DecodePlan, decode_attention
-from nanovllm_cli.kernels.prefill_attention import prefill_attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillAttention:
-    """A packed prefill on a GPU."""
+    """A packed prefill on a GPU, by the backend that was chosen."""
 
     positions: Tensor  # int32
     slot_mapping: Tensor  # int64
-    block_tables: Tensor  # int32 [num_slots, max_blocks]
-    slots: Tensor  # int32 [num_sequences]
-    cu_seqlens_q: Tensor  # int32 [num_sequences + 1]
-    start_positions: Tensor  # int32 [num_sequences]
-    max_query_len: int
+    sequences: PackedSequences
+    backend: AttentionBackend
 
     def attend(self, q: Tensor, kv_cache: KVCache) -> Tensor:
-        return prefill_attention(
-            q,
-            kv_cache.k,
-            kv_cache.v,
-            self.block_tables,
-            self.slots,
-            self.cu_seqlens_q,
-            self.start_positions,
-            self.max_query_len,
-        )
+        return self.backend.prefill(q, kv_cache.k, kv_cache.v, self.sequences)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,19 +7,23 @@ the captured step of its bucket once a step, with nothing from the host in betwe
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from nanovllm_cli.core.attention import KVCache
+from nanovllm_cli.core.attention_backend import PackedSequences
 from nanovllm_cli.core.batch import (
     Batch,
     BatchResult,
     BlockTableUpdate,
     DecodeBatch,
     PrefillBatch,
+    packed_positions,
 )
-from nanovllm_cli.core.errors import MemoryTooSmall
 from nanovllm_cli.core.gpu_attention import DecodeAttention, PrefillAttention
+from nanovllm_cli.core.gpu_errors import gpu_errors
+from nanovllm_cli.core.kv_cache import allocate_kv_caches, blocks_per_sequence, num_kv_blocks
 from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.slot_table import SlotTable
@@ -47,6 +51,7 @@ class GpuLaunch:
     done: torch.cuda.Event
     out: Tensor  # pinned int32 [OUT_ROWS_BEFORE_TOKENS + num_steps, num_seqs]
 
+    @gpu_errors()
     def result(self) -> BatchResult:
         """The tokens, copied out of the pinned buffer."""
         self.done.synchronize()
@@ -62,15 +67,16 @@ class GpuLaunch:
 class GpuRunner:
     """Runs launches one after the other, in the order they come."""
 
+    @gpu_errors(is_start=True)
     def __init__(self, model: Qwen3, config: ResolvedConfig) -> None:
+        assert config.attention_backend is not None, "resolved for a CPU"
         sizes = model.config
         max_num_seqs = config.max_num_seqs
         self._device = device = model.embed_tokens.weight.device
         self._model = model
         self._block_size = config.block_size
-        self._kv_shape = (sizes.num_key_value_heads, config.block_size, sizes.head_dim)
-        blocks_per_seq = -(-config.max_model_len // config.block_size)
-        self._table = SlotTable(max_num_seqs, blocks_per_seq, device)
+        self._attention_backend = config.attention_backend
+        self._table = SlotTable(max_num_seqs, blocks_per_sequence(config), device)
         self._plan = DecodePlan.allocate(
             max_num_seqs=max_num_seqs,
             num_heads=sizes.num_attention_heads,
@@ -90,29 +96,27 @@ class GpuRunner:
         self._context_lens = zeros(max_num_seqs + 1)  # by slot
         self._step = zeros(1)
         self._out = zeros(OUT_ROWS_BEFORE_TOKENS + config.max_window_steps, max_num_seqs)
+        self._batch_sizes = graph_batch_sizes(max_num_seqs)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._kv_caches: list[KVCache] = []
-        self._kv_caches = self._allocate(num_blocks=2)
         with torch.inference_mode():
             kv_cache_bytes = config.kv_cache_bytes
             if kv_cache_bytes is None:
+                self._kv_caches = allocate_kv_caches(2, sizes, config)
                 kv_cache_bytes = self._free_bytes(config)
-            most = max_num_seqs * blocks_per_seq + 1
-            self.num_blocks = min(kv_cache_bytes // self._block_bytes(), most)
-            if self.num_blocks < 2:
-                raise MemoryTooSmall(
-                    f"{kv_cache_bytes} bytes of GPU memory are left for the KV cache; two blocks "
-                    f"need {2 * self._block_bytes()}",
-                    "Lower --max-num-batched-tokens or --max-num-seqs, or raise "
-                    "--gpu-memory-utilization.",
-                )
-            self._kv_caches = self._allocate(self.num_blocks)
+                self._kv_caches = []  # gives its memory back before the real one takes it
+            self.num_blocks = num_kv_blocks(kv_cache_bytes, sizes, config)
+            self._kv_caches = allocate_kv_caches(self.num_blocks, sizes, config)
             if not config.enforce_eager:
-                self._capture(max_num_seqs)
+                self._capture()
 
+    @gpu_errors()
     @torch.inference_mode()
     def launch(self, batch: Batch) -> GpuLaunch:
-        """Enqueue one launch."""
+        """Enqueue one launch; raises GpuFailed."""
+        return self._launch(batch)
+
+    def _launch(self, batch: Batch) -> GpuLaunch:
         self._table.extend_block_tables(batch.block_table_update)
         self._out[:OUT_ROWS_BEFORE_TOKENS].zero_()
         self._step.zero_()
@@ -131,7 +135,8 @@ class GpuRunner:
 
     def _decode(self, batch: DecodeBatch) -> None:
         num_seqs = len(batch.slots)
-        size = next((size for size in self._graphs if size >= num_seqs), num_seqs)
+        # Eager steps are filled up as captured ones are: a product's last bits depend on its size.
+        size = next(size for size in self._batch_sizes if size >= num_seqs)
         slots = np.full(size, self._table.idle_slot, dtype=np.int32)
         slots[:num_seqs] = batch.slots
         self._slots[:size] = self._table.to_device(slots, torch.int32)
@@ -168,34 +173,58 @@ class GpuRunner:
     def _prefill(self, batch: PrefillBatch) -> None:
         table = self._table
         table.admit(batch.admissions)
-        slots = table.to_device(batch.slots, torch.int32)
+        token_ids, rows, positions = self._to_device(
+            batch.token_ids, *packed_positions(batch.query_lens, batch.start_positions)
+        )
+        kv_lens = batch.start_positions + batch.query_lens
         ends = np.cumsum(batch.query_lens)
-        # One copy for all that is as long as the tokens: their ids, sequences and positions.
-        sequences = np.repeat(np.arange(len(batch.slots)), batch.query_lens)
-        starts = batch.start_positions - (ends - batch.query_lens)
-        packed = (batch.token_ids, batch.slots[sequences], np.arange(ends[-1]) + starts[sequences])
-        token_ids, token_slots, positions = table.to_device(np.stack(packed), torch.int32)
-        block_ids = table.block_table[token_slots.long(), (positions // self._block_size).long()]
+        # Every sequence samples; one whose chunk is not the last does so on the idle slot.
+        slots, sampling_slots, last_rows, sequence_rows, starts, lengths, sums_q, sums_k = (
+            self._to_device(
+                batch.slots,
+                np.where(batch.is_last_chunk, batch.slots, table.idle_slot),
+                ends - 1,
+                np.arange(len(batch.slots)),
+                batch.start_positions,
+                kv_lens,
+                np.concatenate(([0], ends)),
+                np.concatenate(([0], np.cumsum(kv_lens))),
+            )
+        )
+        block_tables = table.block_table[slots.long()]
+        block_indices = (positions // self._block_size).long()
+        block_ids = block_tables[rows.long(), block_indices].long()
         attention = PrefillAttention(
             positions=positions,
-            slot_mapping=block_ids.long() * self._block_size + positions % self._block_size,
-            block_tables=table.block_table,
-            slots=slots,
-            cu_seqlens_q=table.to_device(np.concatenate(([0], ends)), torch.int32),
-            start_positions=table.to_device(batch.start_positions, torch.int32),
-            max_query_len=int(batch.query_lens.max()),
+            slot_mapping=block_ids * self._block_size + positions % self._block_size,
+            sequences=PackedSequences(
+                block_tables=block_tables,
+                rows=sequence_rows,
+                start_positions=starts,
+                kv_lens=lengths,
+                cu_seqlens_q=sums_q,
+                cu_seqlens_k=sums_k,
+                max_query_len=int(batch.query_lens.max()),
+                max_kv_len=int(kv_lens.max()),
+            ),
+            backend=self._attention_backend,
         )
         hidden = self._model(token_ids, self._kv_caches, attention)
-        # Every sequence samples; one whose chunk is not the last does so on the idle slot.
-        is_last = batch.is_last_chunk
-        lengths = table.to_device(batch.start_positions + batch.query_lens, torch.int32)
         table.length[slots.long()] = lengths
-        sampling_slots = np.where(is_last, batch.slots, table.idle_slot)
         self._step.fill_(1)  # what `prepare` does in a decode step
-        self._sample(
-            hidden[table.to_device(ends - 1, torch.int64)],
-            table.to_device(sampling_slots, torch.int32),
-        )
+        self._sample(hidden[last_rows.long()], sampling_slots)
+
+    def _to_device(self, *rows: npt.NDArray[np.integer]) -> list[Tensor]:
+        """Host arrays as int32 tensors, in one copy.
+
+        Each begins at a multiple of 16 bytes: for other pointers Triton compiles a kernel anew.
+        """
+        width = -(-max(map(len, rows)) // 4) * 4
+        host = np.zeros((len(rows), width), dtype=np.int32)
+        for row, values in zip(host, rows, strict=True):
+            row[: len(values)] = values
+        device = self._table.to_device(host, torch.int32)
+        return [row[: len(values)] for row, values in zip(device, rows, strict=True)]
 
     def _sample(self, hidden: Tensor, slots: Tensor) -> None:
         table = self._table
@@ -213,25 +242,6 @@ class GpuRunner:
         )
         advance(slots, sampled, is_nan.view(torch.int8), table, out=self._out, step=self._step)
 
-    def _allocate(self, num_blocks: int) -> list[KVCache]:
-        weight = self._model.embed_tokens.weight
-        self._kv_caches = []  # the old ones first give their memory back
-        return [
-            KVCache(
-                k=torch.zeros(
-                    (num_blocks, *self._kv_shape), dtype=weight.dtype, device=self._device
-                ),
-                v=torch.zeros(
-                    (num_blocks, *self._kv_shape), dtype=weight.dtype, device=self._device
-                ),
-            )
-            for _ in range(self._model.config.num_hidden_layers)
-        ]
-
-    def _block_bytes(self) -> int:
-        dtype_bytes = self._model.embed_tokens.weight.element_size()
-        return self._model.config.kv_bytes_per_token(dtype_bytes) * self._block_size
-
     def _free_bytes(self, config: ResolvedConfig) -> int:
         """What the worst prefill and the widest decode step leave of the allowed memory."""
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -240,7 +250,7 @@ class GpuRunner:
         query_lens = np.full(num_seqs, query_len, dtype=np.int32)
         nothing = np.zeros(0, dtype=np.int32)
         update = BlockTableUpdate(slots=nothing, indices=nothing, block_ids=nothing)
-        self.launch(
+        self._launch(
             PrefillBatch(
                 admissions=(),
                 block_table_update=update,
@@ -252,7 +262,7 @@ class GpuRunner:
             )
         )
         idle = np.full(config.max_num_seqs, self._table.idle_slot, dtype=np.int32)
-        self.launch(DecodeBatch(block_table_update=update, slots=idle, num_steps=1))
+        self._launch(DecodeBatch(block_table_update=update, slots=idle, num_steps=1))
         torch.cuda.synchronize(self._device)
         self._table.length.zero_()
         free, total = torch.cuda.mem_get_info(self._device)
@@ -261,15 +271,13 @@ class GpuRunner:
         torch.cuda.empty_cache()
         return int(total * config.gpu_memory_utilization) - others - peak - _GRAPH_BYTES
 
-    def _capture(self, max_num_seqs: int) -> None:
+    def _capture(self) -> None:
         pool = None
-        graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        for size in reversed(graph_batch_sizes(max_num_seqs)):
+        for size in reversed(self._batch_sizes):
             self._decode_step(size)  # compiles what this size needs: not possible in a capture
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 self._decode_step(size)
             pool = graph.pool()
-            graphs[size] = graph
-        self._graphs = dict(sorted(graphs.items()))
+            self._graphs[size] = graph

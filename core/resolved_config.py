@@ -8,8 +8,10 @@ from typing import Literal
 
 import torch
 
+from nanovllm_cli.core.attention_backend import AttentionBackend, choose_attention_backend
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.errors import UserError
+from nanovllm_cli.kernels.triton_import import HAS_TRITON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +28,7 @@ class ResolvedConfig:
     gpu_memory_utilization: float
     enable_prefix_caching: bool
     enforce_eager: bool
+    attention_backend: AttentionBackend | None  # of prefills on a GPU; None on a CPU
     max_window_steps: int
     max_launches_in_flight: int
     num_threads: int | None
@@ -37,9 +40,24 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        _check_gpu()
     is_gpu = device == "cuda"
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if is_gpu else "float32"
+    backend = None
+    if is_gpu:
+        check_gpu()
+        backend = choose_attention_backend(
+            config.attention_backend,
+            dtype=dtype,
+            block_size=config.block_size,
+            capability=torch.cuda.get_device_capability(),
+        )
+    elif config.attention_backend != "auto":
+        raise UserError(
+            f"attention_backend is {config.attention_backend!r}, and the job runs on a CPU",
+            "Leave out --attention-backend: a CPU has one way to attend.",
+        )
     longest = model.max_context
     if (config.max_model_len or 1) > longest:
         raise UserError(
@@ -52,7 +70,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
 
     return ResolvedConfig(
         device=device,
-        dtype=config.dtype if config.dtype != "auto" else "bfloat16" if is_gpu else "float32",
+        dtype=dtype,
         max_model_len=config.max_model_len or longest,
         max_num_seqs=choose(config.max_num_seqs, 256, 1024),
         max_num_batched_tokens=choose(config.max_num_batched_tokens, 8192, 16384),
@@ -61,6 +79,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
         gpu_memory_utilization=config.gpu_memory_utilization,
         enable_prefix_caching=config.enable_prefix_caching,
         enforce_eager=config.enforce_eager,
+        attention_backend=backend,
         max_window_steps=choose(config.max_window_steps, 1, 32),
         max_launches_in_flight=choose(config.max_launches_in_flight, 0, 1),
         num_threads=config.num_threads,
@@ -68,7 +87,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     )
 
 
-def _check_gpu() -> None:
+def check_gpu() -> None:
+    """Raise UserError where there is no GPU that nanovllm can run on."""
     if not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU that this torch can use", "Leave out --device.")
     major, minor = torch.cuda.get_device_capability()
@@ -76,4 +96,9 @@ def _check_gpu() -> None:
         raise UserError(
             f"{torch.cuda.get_device_name()} is sm_{major}{minor}; nanovllm needs sm_80 or later",
             "Run on the CPU with --device cpu.",
+        )
+    if not HAS_TRITON:
+        raise UserError(
+            "there is a GPU, and no Triton for its kernels",
+            "Install triton beside this torch, or run on the CPU with --device cpu.",
         )

@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import Qwen3Config
 
-from nanovllm_cli.core.config import EngineConfig, ModelConfig, RopeConfig
+from nanovllm_cli.core.config import Device, EngineConfig, ModelConfig, RopeConfig
 from nanovllm_cli.core.errors import ModelError, UserError
 from nanovllm_cli.core.resolved_config import resolve
 from nanovllm_cli.core.sampling_params import SamplingParams
@@ -280,6 +282,71 @@ def test_yarn_lengthens_the_model_by_its_factor() -> None:
         resolve(EngineConfig(max_model_len=131_073), config)
 
 
+# The machine
+
+
+@dataclass
+class StandInGpu:
+    """What torch.cuda says of a GPU."""
+
+    capability: tuple[int, int] = (8, 0)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, *, has_triton: bool = True) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA Stand-in")
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda: self.capability)
+        monkeypatch.setattr("nanovllm_cli.core.resolved_config.HAS_TRITON", has_triton)
+
+
+def test_a_machine_without_a_gpu_runs_on_its_cpu_and_refuses_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = ModelConfig.from_hf(OLD_SPELLING, {})
+    resolved = resolve(EngineConfig(), config)
+    assert (resolved.device, resolved.dtype) == ("cpu", "float32")
+    assert resolved.attention_backend is None
+    with pytest.raises(UserError, match="no CUDA GPU"):
+        resolve(EngineConfig(device="cuda"), config)
+
+
+def test_a_gpu_is_taken_with_what_suits_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    StandInGpu().install(monkeypatch)
+    resolved = resolve(EngineConfig(), ModelConfig.from_hf(OLD_SPELLING, {}))
+    assert (resolved.device, resolved.dtype) == ("cuda", "bfloat16")
+    assert resolved.attention_backend is not None
+    assert resolved.attention_backend.name == "triton"
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_is_too_old_is_named_with_what_runs(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    StandInGpu(capability=(7, 5)).install(monkeypatch)
+    with pytest.raises(UserError, match=r"Stand-in is sm_75.*sm_80") as caught:
+        resolve(EngineConfig(device=device), ModelConfig.from_hf(OLD_SPELLING, {}))
+    assert caught.value.hint is not None
+    assert "--device cpu" in caught.value.hint
+
+
+def test_a_gpu_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    StandInGpu().install(monkeypatch, has_triton=False)
+    with pytest.raises(UserError, match="no Triton") as caught:
+        resolve(EngineConfig(device="cuda"), ModelConfig.from_hf(OLD_SPELLING, {}))
+    assert caught.value.hint is not None
+    assert "--device cpu" in caught.value.hint
+
+
+def test_a_forced_attention_backend_is_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.from_hf(OLD_SPELLING, {})
+    with pytest.raises(UserError, match=r"'triton'.*CPU"):
+        resolve(EngineConfig(device="cpu", attention_backend="triton"), config)
+    StandInGpu().install(monkeypatch)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed
+    with pytest.raises(UserError, match="not installed"):
+        resolve(EngineConfig(attention_backend="flash-attn"), config)
+
+
 # EngineConfig and SamplingParams
 
 
@@ -289,6 +356,7 @@ def test_yarn_lengthens_the_model_by_its_factor() -> None:
         ("device", "tpu"),
         ("dtype", "int8"),
         ("dtype", "fp16"),
+        ("attention_backend", "flash_attn"),
         ("max_model_len", 0),
         ("max_num_seqs", 0),
         ("max_num_batched_tokens", -1),
@@ -314,6 +382,7 @@ def test_a_setting_outside_its_range_is_named_with_its_value(name: str, value: o
         {"max_num_seqs": 1, "max_num_batched_tokens": 1, "max_window_steps": 1},
         *({"block_size": size} for size in (16, 32, 64, 128, 256)),
         {"dtype": "float16", "device": "cpu"},
+        *({"attention_backend": n} for n in ("triton", "flash-attn", "flash-attn-3", "torch")),
     ],
     ids=str,
 )
