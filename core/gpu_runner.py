@@ -27,6 +27,7 @@ from nanovllm_cli.core.kv_cache import allocate_kv_caches, blocks_per_sequence, 
 from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.slot_table import SlotTable
+from nanovllm_cli.core.staging import Staging
 from nanovllm_cli.kernels.decode_attention import DecodePlan, plan_decode_attention
 from nanovllm_cli.kernels.decode_step import OUT_ROWS_BEFORE_TOKENS, advance, prepare
 from nanovllm_cli.kernels.fused_sampling import sample
@@ -76,7 +77,8 @@ class GpuRunner:
         self._model = model
         self._block_size = config.block_size
         self._attention_backend = config.attention_backend
-        self._table = SlotTable(max_num_seqs, blocks_per_sequence(config), device)
+        self._staging = Staging(device, num_arenas=config.max_launches_in_flight + 2)
+        self._table = SlotTable(max_num_seqs, blocks_per_sequence(config), device, self._staging)
         self._plan = DecodePlan.allocate(
             max_num_seqs=max_num_seqs,
             num_heads=sizes.num_attention_heads,
@@ -117,6 +119,7 @@ class GpuRunner:
         return self._launch(batch)
 
     def _launch(self, batch: Batch) -> GpuLaunch:
+        self._staging.next_launch()
         self._table.extend_block_tables(batch.block_table_update)
         self._out[:OUT_ROWS_BEFORE_TOKENS].zero_()
         self._step.zero_()
@@ -127,7 +130,7 @@ class GpuRunner:
             num_seqs, num_steps = len(batch.slots), 1
             self._prefill(batch)
         num_rows = OUT_ROWS_BEFORE_TOKENS + num_steps
-        host = torch.empty((num_rows, num_seqs), dtype=torch.int32, pin_memory=True)
+        host = self._staging.host_tensor((num_rows, num_seqs), torch.int32)
         host.copy_(self._out[:num_rows, :num_seqs].contiguous(), non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()

@@ -14,6 +14,7 @@ from torch import Tensor
 from nanovllm_cli.core.batch import Admission, BlockTableUpdate
 from nanovllm_cli.core.block_manager import SCRATCH_BLOCK
 from nanovllm_cli.core.sampling_params import MAX_STOP_TOKEN_IDS
+from nanovllm_cli.core.staging import Staging
 
 NO_TOKEN = -1  # fills the unused columns of stop_token_ids; no token compares equal to it
 
@@ -24,12 +25,19 @@ class SlotTable:
     The last row belongs to no sequence and is always finished: it fills a batch up.
     """
 
-    def __init__(self, max_num_seqs: int, max_blocks_per_seq: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_blocks_per_seq: int,
+        device: torch.device,
+        staging: Staging | None = None,
+    ) -> None:
         integer = torch.int64 if device.type == "cpu" else torch.int32
 
         def column(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros((max_num_seqs + 1, *shape), dtype=dtype, device=device)
 
+        self._staging = staging
         self.idle_slot = max_num_seqs
         self.last_token = column(integer)
         self.length = column(integer)  # tokens known, the last one's KV not yet stored
@@ -70,6 +78,6 @@ class SlotTable:
     def to_device(self, values: Any, dtype: torch.dtype) -> Tensor:
         """A host array or list as a tensor beside the table, copied without waiting."""
         host = torch.as_tensor(np.asarray(values)).to(dtype)
-        if self.length.is_cpu:
-            return host
-        return host.pin_memory().to(self.length.device, non_blocking=True)
+        if self._staging is not None:
+            return self._staging.to_device(host)
+        return host.to(self.length.device)
