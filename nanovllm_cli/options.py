@@ -43,7 +43,7 @@ class GenerateOptions:
         for name, value, is_good, limit in (
             ("format", self.format, self.format in ("auto", "openai"), "auto or openai"),
             ("n", self.n, 1 <= self.n <= MAX_SAMPLES, f"1 to {MAX_SAMPLES}"),
-            ("stop", list(self.stop), all(self.stop), "texts that are not empty"),
+            ("stop", "''", all(self.stop), "a text that is not empty"),
             ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
             ("limit", self.limit, self.limit is None or self.limit >= 1, "at least 1"),
             (
@@ -62,5 +62,10 @@ class GenerateOptions:
 
     @property
     def rows_in_flight(self) -> int:
-        """Rows that may be tokenized and not yet written."""
+        """Rows that may be tokenized and not yet written.
+
+        Four for each sequence that can run, so that none waits for its prompt. Where that number
+        is left to the device, it is a GPU's 1024: only torch, which takes seconds to import, knows
+        the device, and on a CPU, which runs 256, more rows cost memory and nothing else.
+        """
         return self.max_inflight or 4 * (self.engine.max_num_seqs or 1024)

@@ -228,6 +228,21 @@ def test_a_bad_flag_is_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(("--prompt-column", "prmpt"), ("--messages-column", "prmpt"), ("--id-column", "prmpt")),
+        *(("-p", "Say {prmpt}."), ("--dry-run", "--id-column", "prmpt")),
+    ],
+    ids=" ".join,
+)
+def test_a_flag_that_names_a_column_of_no_row_is_2(flags: tuple[str, ...], tmp_path: Path) -> None:
+    ended = generate(one_row(tmp_path), *flags)
+    assert (ended.code, ended.stdout) == (2, b"")
+    assert "names the column 'prmpt'" in ended.stderr
+    assert ended.stderr.endswith("hint: Did you mean 'prompt'?\n")
+
+
 def test_an_input_that_cannot_be_used_is_65_and_named_with_the_place(tmp_path: Path) -> None:
     files = {
         "not.parquet": (b"PAR1 and no more", "not.parquet is damaged"),
@@ -270,7 +285,9 @@ def test_a_bad_value_in_the_environment_is_2(tmp_path: Path) -> None:
         ("max-tokns = 3", "unknown key 'max-tokns'"),
         ("[sampling]\ntop_p = 1", "unknown key 'sampling'"),
         ("max-tokens = 'x'", "--max-tokens"),
-        ("stop = 'x'", "--stop"),
+        ("stop = 3", "stop = 3; it must be a string or a list of them"),
+        ("stop = ['a', 1]", "a string or a list of them"),
+        ("stop = ['a', '']", "--stop is ''; it must be a text that is not empty"),
         ("temperature = ", "is not a TOML file"),
         ("temperature = -1", "temperature is -1"),
     ],
