@@ -14,10 +14,12 @@ import typer
 from nanovllm_cli import __version__
 from nanovllm_cli.core.errors import UserError
 
+from . import flags
 from .bench_command import bench_command
 from .exit_code import ExitCode
 from .generate_command import generate_command
-from .run_job import exit_code_of, report, run_job
+from .run_job import end_for_closed_pipe, exit_code_of, report, run_job
+from .settings import option
 
 app = typer.Typer(
     name="nanovllm",
@@ -46,7 +48,8 @@ app.command("bench")(bench_command)
 
 @app.command("doctor")
 def doctor_command(
-    json: bool = typer.Option(False, "--json", help="One JSON document on stdout."),
+    json: bool = option(False, "--json", panel=flags.RUN, help="One JSON document on stdout."),
+    debug: flags.Debug = False,
 ) -> None:
     """Say what this machine can run, and with which kernels."""
 
@@ -55,7 +58,7 @@ def doctor_command(
 
         return doctor(as_json=json)
 
-    raise typer.Exit(run_job(job, debug=False))
+    raise typer.Exit(run_job(job, debug=debug))
 
 
 def main() -> NoReturn:
@@ -66,6 +69,8 @@ def main() -> NoReturn:
         exit_code = app(standalone_mode=False)
     except UserError as error:  # of --config, before a command runs
         exit_code = report(error.message, error.hint, exit_code_of(error))
+    except SystemExit:  # click's and rich's answer to a closed pipe; a command raises typer.Exit
+        exit_code = end_for_closed_pipe()
     except OSError as error:  # of --help: what a job raises ends in run_job
         exit_code = report(f"cannot write standard output: {error}", None, ExitCode.IO_ERROR)
     except Exception as error:
@@ -87,7 +92,9 @@ def main() -> NoReturn:
         try:
             if getattr(sys, name) is not None:
                 getattr(sys, name).flush()
-        except OSError:
+        except OSError as error:
+            if name == "stdout" and isinstance(error, BrokenPipeError):
+                end_for_closed_pipe()
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
             if name == "stdout":
                 exit_code = exit_code or ExitCode.IO_ERROR

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
-from nanovllm_cli.core.errors import MemoryTooSmall, ModelError, UserError
+from nanovllm_cli.core.errors import EngineDied, GpuFailed, MemoryTooSmall, ModelError, UserError
 
 from .exit_code import CommandError, ExitCode
 
@@ -17,10 +17,7 @@ def run_job(job: Callable[[], ExitCode], *, debug: bool) -> ExitCode:
     try:
         return job()
     except BrokenPipeError:
-        # Whoever read stdout has left (`| head -1`): end as the signal would have ended us.
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGPIPE)
-        return ExitCode.PIPE_CLOSED
+        return end_for_closed_pipe()
     except KeyboardInterrupt:
         return report("interrupted; nothing was published", None, ExitCode.INTERRUPTED)
     except UserError as error:
@@ -34,13 +31,21 @@ def run_job(job: Callable[[], ExitCode], *, debug: bool) -> ExitCode:
         return report(message, "Add --debug for the traceback.", ExitCode.INTERNAL)
 
 
+def end_for_closed_pipe() -> ExitCode:
+    """Whoever read stdout has left (`| head -1`): end as the signal would have ended us."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGPIPE)
+    return ExitCode.PIPE_CLOSED
+
+
 def exit_code_of(error: UserError) -> ExitCode:
     """The exit code that `error` ends a command with."""
     if isinstance(error, CommandError):
         return error.exit_code
     if isinstance(error, ModelError):
         return ExitCode.INPUT_UNUSABLE
-    return ExitCode.UNAVAILABLE if isinstance(error, MemoryTooSmall) else ExitCode.USAGE
+    is_machine = isinstance(error, MemoryTooSmall | GpuFailed | EngineDied)
+    return ExitCode.UNAVAILABLE if is_machine else ExitCode.USAGE
 
 
 def report(message: str, hint: str | None, exit_code: ExitCode) -> ExitCode:
