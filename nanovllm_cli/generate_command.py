@@ -10,10 +10,12 @@ from nanovllm_cli.core.errors import UserError
 
 from . import flags
 from .exit_code import ExitCode
+from .lock import output_locks
 from .options import GenerateOptions
 from .prompt_options import PromptOptions
 from .run_job import run_job
 from .settings import load_config_file, option
+from .shard import Shard
 
 _OUTPUT, _PROMPTS, _SAMPLING = "Output", "Prompts", "Sampling (a row's own fields come first)"
 
@@ -34,10 +36,22 @@ def generate_command(
     ),
     errors: str | None = option(
         None, "--errors", panel=_OUTPUT, metavar="FILE",
-        help="Failed rows; default OUTPUT.errors.jsonl, or stderr.",
+        help="Failed rows; - is stderr. Default: OUTPUT.errors.jsonl, or stderr.",
     ),
     overwrite: bool = option(
-        False, "--overwrite", panel=_OUTPUT, help="Replace OUTPUT when the job is done."
+        False, "--overwrite", panel=_OUTPUT,
+        help="Replace OUTPUT when the job is done, whosever it is; a finished job runs again.",
+    ),
+    restart: bool = option(
+        False, "--restart", panel=_OUTPUT,
+        help="Discard what an earlier run has done, and run every row again.",
+    ),
+    retry_failed: bool = option(
+        False, "--retry-failed", panel=_OUTPUT,
+        help="Run the rows again that failed in an earlier run.",
+    ),
+    private: bool = option(
+        False, "--private", panel=_OUTPUT, help="Files that only you can read (mode 0600)."
     ),
     unordered: bool = option(
         False, "--unordered", panel=_OUTPUT, help="On stdout: rows as they finish."
@@ -141,6 +155,18 @@ def generate_command(
     allow_errors: bool = option(
         False, "--allow-errors", panel=flags.RUN, help="Exit 0 though some rows failed."
     ),
+    max_error_rate: float | None = option(
+        None, "--max-error-rate", panel=flags.RUN, metavar="0..1",
+        help="Stop where, of 100 rows or more, a larger share failed.",
+    ),
+    shard: str = option(
+        "1/1", "--shard", panel=flags.RUN, metavar="i/N",
+        help="Every N-th row from the i-th on; `nanovllm merge` puts 1/N to N/N together.",
+    ),
+    wait_lock: float = option(
+        0.0, "--wait-lock", panel=flags.RUN, metavar="SECONDS",
+        help="Wait so long for another run that writes OUTPUT.",
+    ),
     quiet: bool = option(
         False, "--quiet", "-q", panel=flags.RUN, help="Silent unless something fails."
     ),
@@ -214,6 +240,12 @@ def generate_command(
             parse_special=parse_special,
             unordered=unordered,
             overwrite=overwrite,
+            restart=restart,
+            retry_failed=retry_failed,
+            private=private,
+            wait_lock=wait_lock,
+            shard=Shard.parse(shard),
+            max_error_rate=max_error_rate,
             allow_errors=allow_errors,
             limit=limit,
             max_inflight=max_inflight,
@@ -221,8 +253,11 @@ def generate_command(
         )
         if dry_run:
             from .dry_run import dry_run as run
-        else:
-            from .pipeline import generate as run
-        return run(options)
+
+            return run(options)
+        with output_locks(options):
+            from .pipeline import generate
+
+            return generate(options)
 
     raise typer.Exit(run_job(job, debug=debug))

@@ -1,6 +1,7 @@
 """The loop of a job: keeps the engine's queue full, and turns what comes out of it into rows."""
 
 import struct
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from .tokenizer import PromptTokenizer
 from .totals import Totals
 
 _SAMPLES_PER_ROW = 1 << 10  # a request's id is row index * this + sample
+_ROWS_BEFORE_A_RATE = 100  # of errors is one
 
 
 @dataclass(slots=True)
@@ -63,20 +65,36 @@ class Job:
         self._output = output
         self._totals = totals
         self._running: dict[int, _RunningRow] = {}  # by row index
+        self._give_up: float | None = None  # when to end, after a stop
 
-    def run(self, progress: Progress) -> None:
-        """Until every row is done."""
+    def run(self, progress: Progress) -> bool:
+        """Until every row is done, or until it is stopped; returns whether every row is done."""
         while True:
-            self._feed()
-            if self._feeder.is_done and not self._engine.has_work:
+            if self._give_up is None:
+                self._feed()
+            is_done = self._feeder.is_done and not self._engine.has_work
+            if is_done or self._is_over:
                 break
             for output in self._engine.step():
                 self._take(output)
+            self._output.flush()
             progress.update()
+        self._output.flush()
+        return is_done
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Take no further row; `run` ends when those that run are done, or after so long.
+
+        What is done by then is in the output's journal.
+        """
+        self._give_up = time.monotonic() + drain_seconds
 
     def _feed(self) -> None:
         """Queue rows in the engine up to the limit; wait for one only where there is no other."""
-        while len(self._running) + self._output.num_held < self._options.rows_in_flight:
+        while (
+            self._give_up is None
+            and len(self._running) + self._output.num_held < self._options.rows_in_flight
+        ):
             fed = self._feeder.get(wait=not self._engine.has_work)
             if fed is None:
                 return
@@ -84,6 +102,12 @@ class Job:
                 self._fail(fed)
             else:
                 self._start(fed)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._give_up is not None and (
+            not self._engine.has_work or time.monotonic() >= self._give_up
+        )
 
     def _start(self, fed: TokenizedPrompt) -> None:
         prompt, options = fed.prompt, self._options
@@ -184,6 +208,15 @@ class Job:
             self._engine.abort(row.index * _SAMPLES_PER_ROW + sample)
         self._totals.errors[row.code] += 1
         self._output.write_error(row)
+        if self._has_too_many_errors:
+            self.stop()
+
+    @property
+    def _has_too_many_errors(self) -> bool:
+        most, num_rows = self._options.max_error_rate, self._totals.num_rows
+        if most is None or num_rows < _ROWS_BEFORE_A_RATE:
+            return False
+        return self._totals.num_failed_rows > most * num_rows
 
 
 def sample_seed(job_seed: int, row_index: int, row_seed: int | None, sample: int) -> int:

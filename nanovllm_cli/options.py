@@ -9,6 +9,7 @@ from nanovllm_cli.core.sampling_params import SamplingParams
 
 from .prompt_options import PromptOptions
 from .row_settings import MAX_SAMPLES
+from .shard import Shard
 
 DEFAULT_MODEL = "Qwen3-0.6B"
 
@@ -34,7 +35,13 @@ class GenerateOptions:
     parse_special: bool = False
     unordered: bool = False
     overwrite: bool = False
+    restart: bool = False  # from the first row, whatever an earlier run has left
+    retry_failed: bool = False  # rows that failed in an earlier run
+    private: bool = False  # files for their owner alone
+    wait_lock: float = 0.0  # seconds for another run on the same output to end
+    shard: Shard = field(default_factory=Shard)
     allow_errors: bool = False
+    max_error_rate: float | None = None  # stop where more rows fail; None: never
     limit: int | None = None
     max_inflight: int | None = None  # rows; None: four for each that can run at a time
     quiet: bool = False
@@ -51,6 +58,13 @@ class GenerateOptions:
                 self.max_inflight,
                 self.max_inflight is None or self.max_inflight >= 1,
                 "at least 1",
+            ),
+            ("wait-lock", self.wait_lock, self.wait_lock >= 0, "at least 0"),
+            (
+                "max-error-rate",
+                self.max_error_rate,
+                self.max_error_rate is None or 0 <= self.max_error_rate <= 1,
+                "0 to 1",
             ),
         ):
             if not is_good:

@@ -1,98 +1,123 @@
-"""What a job leaves behind: the rows, the failed rows beside them, and the statistics."""
+"""Where a job's rows go: FileOutput, or standard output with the failed rows on stderr."""
 
-import os
 import sys
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from .exit_code import CommandError, ExitCode
+from .file_output import FileOutput
+from .files import appearing, io_errors
+from .fingerprint import Fingerprint
+from .finished import JobRecord
 from .inputs import Source
+from .journal import Journal, Kind
 from .options import GenerateOptions
+from .output_paths import OutputPaths, beside
+from .prompts import Prompt
 from .results import error_line
-from .rows import BadRow
-from .writer import FileWriter, StreamWriter, io_errors
+from .rows import BadRow, Row
+from .writer import StreamWriter, write_lines
 
 
-class JobOutput:
-    """OUTPUT, OUTPUT.errors.jsonl and OUTPUT.stats.json; with `-`, stdout and stderr.
+class StreamOutput:
+    """Rows to standard output as they come; nothing is kept, and nothing can be resumed.
 
-    Raises CommandError: OUTPUT_EXISTS before anything is written, IO_ERROR where writing fails.
+    Failed rows go to stderr, or to the file of --errors.
     """
 
-    def __init__(self, options: GenerateOptions, sources: list[Source]) -> None:
-        self._stats_path: Path | None = None
-        self._rows: FileWriter | StreamWriter
-        self._errors: FileWriter | StreamWriter
-        errors = options.errors
-        if errors is None and options.output != "-":
-            errors = f"{options.output}.errors.jsonl"
-        _check_paths(options, errors)
-        if options.output == "-":
-            if sys.stdout is None:
+    finished: JobRecord | None = None
+    journal: Journal | None = None
+
+    def __init__(self, options: GenerateOptions) -> None:
+        if sys.stdout is None:
+            raise CommandError(
+                "standard output is closed",
+                "Name a file with -o.",
+                exit_code=ExitCode.PIPE_CLOSED,
+            )
+        self._shard = options.shard
+        self._private = options.private
+        self._rows = StreamWriter(sys.stdout.buffer, is_ordered=not options.unordered)
+        self._stderr = StreamWriter(sys.stderr.buffer, is_ordered=False)
+        self._errors_path = OutputPaths.of(options).errors
+        if self._errors_path is not None:
+            if self._errors_path.exists() and not options.overwrite:
                 raise CommandError(
-                    "standard output is closed",
-                    "Name a file with -o.",
-                    exit_code=ExitCode.PIPE_CLOSED,
+                    f"{self._errors_path} exists already",
+                    "Name another file, or add --overwrite: it is replaced when the job is done.",
+                    exit_code=ExitCode.OUTPUT_EXISTS,
                 )
-            self._rows = StreamWriter(sys.stdout.buffer, is_ordered=not options.unordered)
-        else:
-            path = Path(options.output)
-            self._rows = FileWriter(path, sources)
-            self._stats_path = path.with_name(path.name + ".stats.json")
-        if errors is None:
-            self._errors = StreamWriter(sys.stderr.buffer, is_ordered=False)
-        else:
-            self._errors = FileWriter(Path(errors), sources, is_optional=True)
+            partial = beside(self._errors_path, "partial")
+            with io_errors(partial):
+                partial.unlink(missing_ok=True)
+            self._errors = Journal(partial, {}, private=options.private)
 
     @property
     def num_held(self) -> int:
         """Finished rows that wait in memory for an earlier one."""
         return self._rows.num_held
 
+    def resume(self, num_rows: int | None) -> bool:
+        """There is nothing to go on from."""
+        return False
+
+    def watch(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+        """`rows` as they are."""
+        return rows
+
+    def missing(self, chunks: Iterator[list[Prompt | BadRow]]) -> Iterator[list[Prompt | BadRow]]:
+        """The prompts that are in the shard."""
+        for chunk in chunks:
+            yield [prompt for prompt in chunk if self._shard.has(prompt.index)]
+
     def write(self, index: int, line: bytes) -> None:
-        """Take a finished row."""
-        self._rows.write(index, line)
+        """Take a completed row's line."""
+        self._rows.write(index // self._shard.count, line)
 
     def write_error(self, row: BadRow) -> None:
         """Take a failed row."""
-        self._rows.write(row.index, None)
-        self._errors.write(row.index, error_line(row))
+        self._rows.write(row.index // self._shard.count, None)
+        if self._errors_path is None:
+            self._stderr.write(row.index, error_line(row))
+        else:
+            self._errors.append(row.index, 0, Kind.FAILED, error_line(row))
 
-    def publish(self) -> None:
-        """Make rows and errors visible; without errors no errors file is left, not an old one."""
-        self._errors.publish()
+    def flush(self) -> None:
+        """Every row was written as it came."""
+
+    def publish(self, exit_code: ExitCode, stats: Callable[[], dict[str, Any]]) -> None:
+        """All rows were written; the errors file appears, or an old one goes."""
+        path = self._errors_path
+        if path is not None:
+            with io_errors(path):
+                if self._errors.num_failed:
+                    with appearing(path, private=self._private) as temporary:
+                        write_lines(temporary, path.name, self._failed, [])
+                    self._errors.remove()
+                else:
+                    path.unlink(missing_ok=True)
         self._rows.publish()
 
-    def publish_stats(self, content: bytes) -> None:
-        """Write the stats file, whole or not at all."""
-        if self._stats_path is not None:
-            with io_errors(self._stats_path):
-                temporary = self._stats_path.with_name(f".{self._stats_path.name}.{os.getpid()}")
-                temporary.write_bytes(content)
-                os.replace(temporary, self._stats_path)
-
     def close(self) -> None:
-        """Let go of the files; what was not published stays invisible."""
-        self._rows.close()
-        self._errors.close()
+        """Standard output is not ours to close."""
+        if self._errors_path is not None:
+            self._errors.close()
+
+    def _failed(self) -> Iterator[tuple[int, bytes]]:
+        return self._errors.lines(Kind.FAILED)
 
 
-def _check_paths(options: GenerateOptions, errors: str | None) -> None:
-    """Raise CommandError where a job would replace what it must not."""
-    named = [name for name in (options.output, errors) if name not in ("-", None)]
-    paths = [Path(name) for name in named if name is not None]
-    if len({path.absolute() for path in paths}) < len(paths):
-        raise CommandError("--output and --errors name the same file", "Name another one.")
-    for path in paths:
-        if path.exists() and not path.is_file():
-            raise CommandError(
-                f"{path} is no regular file",
-                "Outputs are published by a rename, which would replace it; write to stdout (-).",
-            )
-    is_default = options.errors is None  # an old errors file goes with the output it belongs to
-    for path in paths[:1] if is_default else paths:
-        if path.exists() and not options.overwrite:
-            raise CommandError(
-                f"{path} exists already",
-                "Name another file, or add --overwrite: it is replaced when the job is done.",
-                exit_code=ExitCode.OUTPUT_EXISTS,
-            )
+JobOutput = FileOutput | StreamOutput
+
+
+def open_output(
+    options: GenerateOptions, sources: list[Source], fingerprint: Fingerprint
+) -> JobOutput:
+    """The output that `options` name.
+
+    Raises CommandError where a job would replace what it must not, or cannot go on from what an
+    earlier one left.
+    """
+    if options.output == "-":
+        return StreamOutput(options)
+    return FileOutput(options, sources, fingerprint)

@@ -23,7 +23,7 @@ _RESULT_TYPES = {
     "completions": pa.list_(_SAMPLE),
     "usage": pa.struct({"prompt_tokens": pa.int64(), "completion_tokens": pa.int64()}),
 }
-Lines = Callable[[], Iterator[tuple[int, bytes]]]
+Lines = Callable[[], Iterator[tuple[int, bytes]]]  # (row number, line), the same each time
 
 
 def write_parquet(path: Path, lines: Lines, sources: list[Source]) -> None:

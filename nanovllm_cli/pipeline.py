@@ -2,87 +2,154 @@
 
 The order is chosen so that a mistake is found before anything expensive: the inputs and the output
 are checked first, then the model's files, and only then are the weights loaded, while the first
-rows are already being tokenized.
+rows are already being tokenized. A job whose rows are all done loads nothing.
 """
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-
-import orjson
+from typing import Any
 
 from nanovllm_cli import __version__
+from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.engine import Engine
 
-from .exit_code import ExitCode
+from .exit_code import CommandError, ExitCode
 from .feeder import Feeder, to_prompts
+from .fingerprint import fingerprint
+from .finished import JobRecord
 from .first_rows import try_first_rows
 from .inputs import find_inputs
 from .job import Job
 from .models import default_sampling, resolve_model
 from .options import GenerateOptions
-from .output import JobOutput
+from .output import JobOutput, open_output
 from .progress import Progress
-from .rows import check_inputs, read_rows
+from .rows import BadRow, Row, check_inputs, read_rows
 from .tokenizer import PromptTokenizer
 from .totals import Totals
 
+LoadEngine = Callable[[Path, EngineConfig], Engine]
 
-def generate(options: GenerateOptions) -> ExitCode:
+
+def load_engine(path: Path, config: EngineConfig) -> Engine:
+    """The engine with the checkpoint in the directory `path`."""
+    return Engine.from_checkpoint(path, config)
+
+
+def generate(options: GenerateOptions, load: LoadEngine = load_engine) -> ExitCode:
     """Run the job to its end; raises UserError for what ends it as a whole."""
     totals = Totals()
     with totals.phase("check"):
         sources = find_inputs(options.inputs)
         num_rows = check_inputs(sources, limit=options.limit)
         rows = try_first_rows(read_rows(sources, limit=options.limit), options.prompt)
-        path = resolve_model(options.model, options.revision, offline=options.offline)
-        sampling = default_sampling(path) | options.sampling
-    totals.num_expected_rows = num_rows
-    output = JobOutput(options, sources)
-    feeder = None
+        model = resolve_model(options.model, options.revision, offline=options.offline)
+        sampling = default_sampling(model) | options.sampling
+        settings = fingerprint(
+            options, model=model, tokenizer=_tokenizer_path(options, model), sampling=sampling
+        )
+        output = open_output(options, sources, settings)
     try:
-        with totals.phase("load"):
-            tokenizer = load_tokenizer(options, path)
-            prompts = to_prompts(rows, options.prompt)
-            feeder = Feeder(prompts, tokenizer, options.rows_in_flight)
-            engine = Engine.from_checkpoint(path, options.engine)
-        totals.engine = engine.stats
-        with totals.phase("generate"), Progress(totals, quiet=options.quiet) as progress:
-            Job(
-                options,
-                sampling=sampling,
-                engine=engine,
-                tokenizer=tokenizer,
-                feeder=feeder,
-                output=output,
-                totals=totals,
-            ).run(progress)
+        with totals.phase("resume"):
+            is_complete = output.resume(num_rows)
+        if output.finished is not None:
+            return _nothing_to_do(options, output.finished)
+        if num_rows is not None:
+            totals.num_expected_rows = options.shard.size(num_rows)
+        if output.journal is not None:
+            totals.resume(output.journal)
+        progress = Progress(totals, quiet=options.quiet)
+        if not is_complete:
+            _run(options, model, sampling, rows, output, totals, progress, load)
+        exit_code = _exit_code(options, totals.num_failed_rows)
         with totals.phase("publish"):
-            output.publish()
-        exit_code = ExitCode.OK
-        if totals.num_failed_rows and not options.allow_errors:
-            exit_code = ExitCode.SOME_ROWS_FAILED
-        output.publish_stats(_stats_json(options, totals, exit_code))
+            output.publish(exit_code, partial(_stats, options, totals, exit_code))
         progress.close()
         return exit_code
     finally:
-        if feeder is not None:
-            feeder.close()
         output.close()
 
 
 def load_tokenizer(options: GenerateOptions, model_path: Path) -> PromptTokenizer:
     """The tokenizer that `options` name: the model's own where they name none."""
-    path = model_path
-    if options.tokenizer is not None:
-        path = resolve_model(options.tokenizer, offline=options.offline)
+    path = _tokenizer_path(options, model_path)
     return PromptTokenizer(path, parse_special=options.parse_special)
 
 
-def _stats_json(options: GenerateOptions, totals: Totals, exit_code: ExitCode) -> bytes:
-    stats = {
+def _run(
+    options: GenerateOptions,
+    model: Path,
+    sampling: dict[str, Any],
+    rows: Iterator[Row | BadRow],
+    output: JobOutput,
+    totals: Totals,
+    progress: Progress,
+    load: LoadEngine,
+) -> None:
+    """Load the model and run what is missing in the output."""
+    feeder = None
+    try:
+        with totals.phase("load"):
+            tokenizer = load_tokenizer(options, model)
+            prompts = output.missing(to_prompts(output.watch(rows), options.prompt))
+            feeder = Feeder(prompts, tokenizer, options.rows_in_flight)
+            engine = load(model, options.engine)
+        totals.engine = engine.stats
+        job = Job(
+            options,
+            sampling=sampling,
+            engine=engine,
+            tokenizer=tokenizer,
+            feeder=feeder,
+            output=output,
+            totals=totals,
+        )
+        with totals.phase("generate"), progress:
+            is_done = job.run(progress)
+    finally:
+        if feeder is not None:
+            feeder.close()
+    if not is_done:
+        raise CommandError(
+            f"{totals.num_failed_rows} of the first {totals.num_rows} rows failed, more than "
+            f"--max-error-rate {options.max_error_rate}: "
+            + ", ".join(f"{count} {code}" for code, count in totals.errors.most_common(3)),
+            "Rows that are done are kept. Mend the rows and add --retry-failed, or raise the rate.",
+            exit_code=ExitCode.SOME_ROWS_FAILED,
+        )
+
+
+def _tokenizer_path(options: GenerateOptions, model: Path) -> Path:
+    if options.tokenizer is None:
+        return model
+    return resolve_model(options.tokenizer, offline=options.offline)
+
+
+def _nothing_to_do(options: GenerateOptions, record: JobRecord) -> ExitCode:
+    if not options.quiet:
+        with suppress(OSError):
+            print(
+                f"nothing to do: {options.output} has all {record.num_completed} rows of this job, "
+                f"{len(record.failed_rows)} failed",
+                file=sys.stderr,
+            )
+    return _exit_code(options, len(record.failed_rows))
+
+
+def _exit_code(options: GenerateOptions, num_failed_rows: int) -> ExitCode:
+    are_wrong = num_failed_rows > 0 and not options.allow_errors
+    return ExitCode.SOME_ROWS_FAILED if are_wrong else ExitCode.OK
+
+
+def _stats(options: GenerateOptions, totals: Totals, exit_code: ExitCode) -> dict[str, Any]:
+    return {
         "nanovllm_version": __version__,
         "model": options.model,
         "seed": options.seed,
+        "inputs": options.inputs,
         "exit_code": int(exit_code),
         **totals.as_dict(),
     }
-    return orjson.dumps(stats, option=orjson.OPT_INDENT_2) + b"\n"

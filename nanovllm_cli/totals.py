@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from nanovllm_cli.core.stats import EngineStats
+
+from .journal import Journal, Kind
 
 
 @dataclass(slots=True)
@@ -16,12 +20,19 @@ class Totals:
 
     num_expected_rows: int | None = None  # None: the input cannot be counted ahead
     num_completed_rows: int = 0
+    num_resumed_rows: int = 0  # of the completed ones those that an earlier run completed
     errors: Counter[str] = field(default_factory=Counter)  # failed rows by code
-    finish_reasons: Counter[str] = field(default_factory=Counter)
+    finish_reasons: Counter[str] = field(default_factory=Counter)  # of this run's rows
     engine: EngineStats = field(default_factory=EngineStats)
     phases: dict[str, float] = field(default_factory=dict)  # seconds
     started: float = field(default_factory=time.perf_counter)
     _open_phases: dict[str, float] = field(default_factory=dict)  # when each began
+
+    def resume(self, journal: Journal) -> None:
+        """Count what an earlier run has done."""
+        self.num_completed_rows = self.num_resumed_rows = journal.num_completed
+        for _, line in journal.lines(Kind.FAILED):
+            self.errors[orjson.loads(line)["error"]["code"]] += 1
 
     @property
     def num_failed_rows(self) -> int:
@@ -57,9 +68,12 @@ class Totals:
         def share(part: int, whole: int) -> float:
             return round(part / whole, 4) if whole else 0.0
 
+        open_phases = {name: now - start for name, start in self._open_phases.items()}
+        phases = self.phases | open_phases
         return {
             "rows": {
                 "done": self.num_rows,
+                "resumed": self.num_resumed_rows,
                 "completed": self.num_completed_rows,
                 "failed": self.num_failed_rows,
                 "failed_by_code": dict(self.errors),
@@ -72,7 +86,7 @@ class Totals:
                 "prefix_hit_rate": share(engine.num_cached_tokens, engine.num_prompt_tokens),
             },
             "throughput": {
-                "rows_per_second": rate(self.num_completed_rows),
+                "rows_per_second": rate(self.num_completed_rows - self.num_resumed_rows),
                 "prompt_tokens_per_second": rate(engine.num_prompt_tokens),
                 "completion_tokens_per_second": rate(engine.num_completion_tokens),
             },
@@ -84,6 +98,6 @@ class Totals:
                 "prefill_seconds": round(engine.prefill_seconds, 3),
                 "decode_seconds": round(engine.decode_seconds, 3),
             },
-            "phases_seconds": {name: round(value, 3) for name, value in self.phases.items()},
+            "phases_seconds": {name: round(value, 3) for name, value in phases.items()},
             "elapsed_seconds": round(self.elapsed_seconds, 3),
         }

@@ -1,91 +1,45 @@
-"""Finished rows -> the output: a file published whole and in input order, or standard output.
-
-A file's rows are appended in the order they finish to `NAME.partial`, with an index of where each
-lies. When the job is done they are copied in input order to a temporary file, which is renamed to
-`NAME`: the output is never half visible. (The journal for resuming grows out of `.partial`.)
-"""
+"""Lines -> a file of the format that its name says, or standard output."""
 
 import gzip
 import heapq
-import os
-from array import array
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 
 from .exit_code import CommandError, ExitCode
+from .files import io_errors
 from .inputs import Source
-from .parquet_output import write_parquet
+from .parquet_output import Lines, write_parquet
+
+_BUFFER_BYTES = 1 << 18
 
 
-class FileWriter:
-    """Rows -> a file at `path`: JSON lines, also as .gz or .zst, or Parquet, by its extension.
+def write_lines(path: Path, name: str, lines: Lines, sources: list[Source]) -> None:
+    """Fill the file at `path` in the format of `name`'s extension; equal lines give equal bytes.
 
-    With `is_optional` a file without rows is not published, and an old one is removed.
+    `sources` are where the rows came from: Parquet's columns keep the types that they had there.
     """
-
-    def __init__(self, path: Path, sources: list[Source], *, is_optional: bool = False) -> None:
-        self.path = path
-        self._sources = sources
-        self._is_optional = is_optional
-        self._partial_path = path.with_name(path.name + ".partial")
-        self._places = array("q")  # (row index, offset, length) after (row index, offset, ...
-        self._end = 0
-        with io_errors(self._partial_path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._partial: BinaryIO = open(self._partial_path, "w+b")  # noqa: SIM115
-
-    @property
-    def num_held(self) -> int:
-        """Rows kept in memory until an earlier one comes: none."""
-        return 0
-
-    def write(self, index: int, line: bytes | None) -> None:
-        """Take row `index`'s line, without its newline; None for a row that failed."""
-        if line is None:
-            return
-        with io_errors(self._partial_path):
-            self._partial.write(line + b"\n")
-        self._places.extend((index, self._end, len(line)))
-        self._end += len(line) + 1
-
-    def publish(self) -> None:
-        """Make the rows visible, all at once."""
-        if self._is_optional and not self._places:
-            self.path.unlink(missing_ok=True)
-            self._partial_path.unlink()
-            return
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+    if name.endswith(".parquet"):
         try:
-            with io_errors(self.path):
-                self._partial.flush()
-                if self.path.suffix == ".parquet":
-                    write_parquet(temporary, self._in_order, self._sources)
-                else:
-                    with _compressed(temporary, self.path.suffix) as file:
-                        for _, line in self._in_order():
-                            file.write(line + b"\n")
-                _sync(temporary)
-                os.replace(temporary, self.path)
-                _sync(self.path.parent)
-                self._partial_path.unlink()
-        finally:
-            temporary.unlink(missing_ok=True)
+            write_parquet(path, lines, sources)
+        except pa.ArrowException as error:
+            message = f"cannot write {name}: {error}"
+            raise CommandError(message, exit_code=ExitCode.IO_ERROR) from None
+        return
+    with _compressed(path, name) as file:
+        for _, line in lines():
+            file.write(line + b"\n")
 
-    def close(self) -> None:
-        """Let go of the partial file; it stays where it is unless it was published."""
-        with io_errors(self._partial_path):
-            self._partial.close()
 
-    def _in_order(self) -> Iterator[tuple[int, bytes]]:
-        places = np.frombuffer(self._places, dtype=np.int64).reshape(-1, 3)
-        for row, offset, length in places[np.argsort(places[:, 0])].tolist():
-            self._partial.seek(offset)
-            yield row, self._partial.read(length)
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that `write_lines` wrote, without their newlines; not of Parquet."""
+    with _decompressed(path) as file:
+        for line in file:
+            yield line.removesuffix(b"\n")
 
 
 class StreamWriter:
@@ -118,9 +72,6 @@ class StreamWriter:
         with io_errors("standard output"):
             self._stream.flush()
 
-    def close(self) -> None:
-        """Standard output is not ours to close."""
-
     def _emit(self, line: bytes | None) -> None:
         if line is not None:
             with io_errors("standard output"):
@@ -131,33 +82,22 @@ class StreamWriter:
 
 
 @contextmanager
-def io_errors(path: Path | str) -> Iterator[None]:
-    """Turn the system's refusals to write into the error of that exit code; not a closed pipe."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (OSError, pa.ArrowException) as error:
-        raise CommandError(f"cannot write {path}: {error}", exit_code=ExitCode.IO_ERROR) from None
-
-
-@contextmanager
-def _compressed(path: Path, suffix: str) -> Iterator[Any]:
-    """A file to write to; whoever leaves the block without an error has it on the disk."""
-    with open(path, "wb") as file:
-        if suffix == ".gz":  # no name and no time in the header: equal rows give equal files
+def _compressed(path: Path, name: str) -> Iterator[Any]:
+    """A file to write to; whoever leaves the block without an error has all of it in the file."""
+    with open(path, "wb", _BUFFER_BYTES) as file:
+        if name.endswith(".gz"):  # no name and no time in the header: equal rows give equal files
             with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
                 yield packed
-        elif suffix == ".zst":
+        elif name.endswith(".zst"):
             with pa.CompressedOutputStream(file, "zstd") as packed:
                 yield packed
         else:
             yield file
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _decompressed(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        return io.BufferedReader(pa.input_stream(path, compression="zstd"), _BUFFER_BYTES)
+    return open(path, "rb")

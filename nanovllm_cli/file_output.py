@@ -1,0 +1,232 @@
+"""A job's files: the journal while it runs, OUTPUT and what lies beside it when it is done.
+
+OUTPUT.errors.jsonl has the failed rows, OUTPUT.stats.json the statistics and by what a later run
+knows the job. They appear by renames: stats, errors, OUTPUT. Only then is the journal removed, so
+that at every moment either the journal has all rows or the files have.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from nanovllm_cli import __version__
+
+from .exit_code import CommandError, ExitCode
+from .files import appearing, io_errors
+from .fingerprint import Fingerprint, check_same
+from .finished import JobRecord, content_of
+from .inputs import Source
+from .journal import Journal, Kind, NotAJournal
+from .options import GenerateOptions
+from .output_paths import OutputPaths, beside
+from .prompts import Prompt
+from .results import error_line
+from .resume import check_finished, check_num_rows, checked_key, reopen
+from .rows import BadRow, Row, read_rows
+from .writer import write_lines
+
+
+class FileOutput:
+    """The output of a job that writes files; goes on where an earlier run of it stopped.
+
+    Raises CommandError: OUTPUT_EXISTS, CONFIG_MISMATCH, IO_ERROR.
+    """
+
+    num_held = 0  # finished rows that wait in memory for an earlier one
+
+    def __init__(
+        self, options: GenerateOptions, sources: list[Source], fingerprint: Fingerprint
+    ) -> None:
+        self._options = options
+        self._sources = sources
+        self._shard = options.shard
+        self._paths = OutputPaths.of(options)
+        assert self._paths.output is not None, "standard output is StreamOutput's"
+        self._path, self._errors_path = self._paths.output, self._paths.errors
+        self._stats_path = beside(self._path, "stats.json")
+        self._keys: dict[int, int] = {}  # of rows that are read and not done
+        self._num_rows = 0
+        self._finished: JobRecord | None = None
+
+        record = JobRecord.read(self._stats_path)
+        output, errors = self._own_contents(record)
+        self._replaced = [content for content in (output, errors) if content is not None]
+        header = {"nanovllm_version": __version__, "fingerprint": fingerprint}
+        journal_path = beside(self._path, "partial")
+        if options.restart:
+            with io_errors(journal_path):
+                journal_path.unlink(missing_ok=True)
+        self.journal = Journal(journal_path, header, shard=options.shard, private=options.private)
+        if journal_path.exists():
+            self.journal = _recover(journal_path, options)
+            check_same(self.journal.header["fingerprint"], fingerprint, of=f"{journal_path}")
+            if options.retry_failed:
+                self.journal.forget_failed()
+        elif not (options.restart or options.overwrite) and record and output == record.output:
+            check_same(record.fingerprint, fingerprint, of=f"{self._path}")
+            self._finished = record
+
+    @property
+    def finished(self) -> JobRecord | None:
+        """After `resume`: the earlier run that has left nothing to do."""
+        return self._finished
+
+    def resume(self, num_rows: int | None) -> bool:
+        """Check that the input is what it was; returns whether every row of it is done.
+
+        With `num_rows` None the input can be read only once: its rows are checked as they come.
+        """
+        if self._finished is not None:
+            self._resume_finished(self._finished, num_rows)
+        elif num_rows is not None and self.journal.end_row:
+            check_num_rows(num_rows, self.journal.end_row, self.journal.path)
+            for _ in self.watch(self._read(num_rows)):
+                pass
+            self._keys.clear()
+        if num_rows is None:
+            return False
+        self._num_rows = num_rows
+        return self._finished is not None or self._is_complete
+
+    def watch(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
+        """`rows` as they are, each checked and noted."""
+        for row in rows:
+            self._num_rows = row.index + 1
+            if self._shard.has(row.index):
+                key = checked_key(row, self.journal)
+                if self.journal.kind(row.index) == Kind.MISSING:
+                    self._keys[row.index] = key
+            yield row
+
+    def missing(self, chunks: Iterator[list[Prompt | BadRow]]) -> Iterator[list[Prompt | BadRow]]:
+        """Of the prompts of watched rows those that are not done."""
+        for chunk in chunks:
+            yield [prompt for prompt in chunk if prompt.index in self._keys]
+
+    def write(self, index: int, line: bytes) -> None:
+        """Take a completed row's line."""
+        self.journal.append(index, self._keys.pop(index), Kind.COMPLETED, line)
+
+    def write_error(self, row: BadRow) -> None:
+        """Take a failed row."""
+        line = error_line(row)
+        self.journal.append(row.index, self._keys.pop(row.index), Kind.FAILED, line)
+        if self._errors_path is None:
+            with suppress(OSError):
+                sys.stderr.buffer.write(line + b"\n")
+                sys.stderr.buffer.flush()
+
+    def flush(self) -> None:
+        """Let what was taken outlive this process."""
+        self.journal.flush()
+
+    def publish(self, exit_code: ExitCode, stats: Callable[[], dict[str, Any]]) -> None:
+        """Make all rows visible at once."""
+        check_num_rows(self._num_rows, self.journal.end_row, self.journal.path)
+        assert self._is_complete, "a row is neither completed nor failed"
+        private, errors = self._options.private, self._errors_path
+        self.journal.sync()
+        with io_errors(self._path), appearing(self._path, private=private) as output:
+            write_lines(output, self._path.name, self._completed, self._sources)
+            if errors is None or not self.journal.num_failed:
+                self._publish_stats(exit_code, stats, content_of(output), None)
+                if errors is not None:
+                    errors.unlink(missing_ok=True)
+            else:
+                with appearing(errors, private=private) as failed:
+                    write_lines(failed, errors.name, self._failed, self._sources)
+                    self._publish_stats(exit_code, stats, content_of(output), content_of(failed))
+        self.journal.remove()
+
+    def close(self) -> None:
+        """Let go of the journal; what was not published stays in it."""
+        self.journal.close()
+
+    @property
+    def _is_complete(self) -> bool:
+        return self.journal.num_done == self._shard.size(self._num_rows)
+
+    def _resume_finished(self, record: JobRecord, num_rows: int | None) -> None:
+        if num_rows is None:
+            raise CommandError(
+                f"{self._path} is finished, and an input that can be read only once cannot be "
+                "compared with what it was made of",
+                "--overwrite runs all of it again; or name another output.",
+                exit_code=ExitCode.OUTPUT_EXISTS,
+            )
+        check_num_rows(num_rows, record.num_rows, self._path)
+        rows = self._read(record.num_rows)
+        is_retried = self._options.retry_failed and len(record.failed_rows) > 0
+        if num_rows == record.num_rows and not is_retried:
+            check_finished(record, rows, self._shard, output=self._path, are_failed_kept=True)
+            return
+        self._finished = None
+        self.journal = reopen(
+            record,
+            rows,
+            self._shard,
+            output=self._path,
+            journal_path=self.journal.path,
+            header=self.journal.header,
+            private=self._options.private,
+        )
+
+    def _read(self, num_rows: int) -> Iterator[Row | BadRow]:
+        return read_rows(self._sources, limit=num_rows)
+
+    def _completed(self) -> Iterator[tuple[int, bytes]]:
+        return self.journal.lines(Kind.COMPLETED)
+
+    def _failed(self) -> Iterator[tuple[int, bytes]]:
+        return self.journal.lines(Kind.FAILED)
+
+    def _publish_stats(
+        self,
+        exit_code: ExitCode,
+        stats: Callable[[], dict[str, Any]],
+        output: str | None,
+        errors: str | None,
+    ) -> None:
+        record = JobRecord.of(
+            self.journal,
+            exit_code=exit_code,
+            num_rows=self._num_rows,
+            output=output,
+            errors=errors,
+            replaced=self._replaced,
+        )
+        content = {**stats(), **record.as_dict()}
+        with appearing(self._stats_path, private=self._options.private) as temporary:
+            temporary.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+
+    def _own_contents(self, record: JobRecord | None) -> tuple[str | None, str | None]:
+        """The contents of OUTPUT and of --errors; raises OUTPUT_EXISTS for a file not our own."""
+        contents: list[str | None] = []
+        for path in (self._path, self._errors_path):
+            content = None if path is None else content_of(path)
+            # An errors file beside OUTPUT goes with it, whosever it is.
+            is_named = path in self._paths.named
+            is_own = content is None or (record is not None and record.owns(content))
+            if is_named and not is_own and not self._options.overwrite:
+                raise CommandError(
+                    f"{path} exists already, and is not as a job of this tool has left it",
+                    "Name another file, or add --overwrite: it is replaced when the job is done.",
+                    exit_code=ExitCode.OUTPUT_EXISTS,
+                )
+            contents.append(content)
+        return contents[0], contents[1]
+
+
+def _recover(path: Path, options: GenerateOptions) -> Journal:
+    try:
+        return Journal.recover(path, shard=options.shard, private=options.private)
+    except (NotAJournal, IsADirectoryError):
+        raise CommandError(
+            f"{path} is no journal of this version of nanovllm, or its first line is damaged",
+            "Move it away, or discard it with --restart.",
+            exit_code=ExitCode.OUTPUT_EXISTS,
+        ) from None
