@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from .prompt_content import Content, from_messages, from_text, from_token_ids
 from .refusal import Refused, checked_text, shown
-from .row_settings import SETTINGS, RowSettings, complaint_about, parse_settings, setting_names
+from .row_settings import SETTINGS, RowSettings, complaint_about, parse_settings, settings_among
 
 Endpoint = Literal["chat", "completions"]
 
@@ -59,7 +59,7 @@ def _endpoint_and_body(columns: Mapping[str, Any]) -> tuple[Endpoint, dict[str, 
         raise Refused(code, f"url is {shown(url)}; it must be one of {', '.join(_ENDPOINTS)}")
     if not isinstance(body, dict):
         raise Refused(code, f"body is {shown(body)}; it must be an object")
-    for name in setting_names(tuple(columns)):
+    for name, _ in settings_among(tuple(columns)):
         if columns[name] is not None:
             raise Refused(code, f"{shown(name)} must stand in the body")
     body = {name: value for name, value in body.items() if value is not None}

@@ -101,24 +101,21 @@ _NO_SETTINGS = RowSettings()
 
 def settings_of(columns: Mapping[str, Any], data_columns: Mapping[str, Any]) -> RowSettings:
     """The settings among a row's columns; `data_columns` are none, whatever they are called."""
-    names = setting_names(tuple(columns))
-    if not names:
-        return _NO_SETTINGS
-    fields = {
-        name: columns[name]
-        for name in names
-        if columns[name] is not None and name not in data_columns
-    }
-    for name in fields:
-        if complaint := complaint_about(name):
+    fields = {}
+    for name, complaint in settings_among(tuple(columns)):
+        if columns[name] is None or name in data_columns:
+            continue
+        if complaint:
             raise Refused("unknown_setting", complaint)
+        fields[name] = columns[name]
     return parse_settings(fields, "")
 
 
-@lru_cache(maxsize=64)  # rows mostly have the same columns
-def setting_names(columns: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of `columns` that are settings or look like one."""
-    return tuple(name for name in columns if complaint_about(name) is not None)
+@lru_cache(maxsize=16)  # most rows have the columns of the row before
+def settings_among(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """The settings among `columns`, and what looks like one, each with its complaint."""
+    complaints = ((name, complaint_about(name)) for name in columns)
+    return tuple((name, complaint) for name, complaint in complaints if complaint is not None)
 
 
 def parse_settings(fields: Mapping[str, Any], place: str) -> RowSettings:

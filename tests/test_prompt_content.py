@@ -1,0 +1,68 @@
+"""prompt_content.py: what messages may hold."""
+
+from typing import Any
+
+import pytest
+
+from .parsing import USER, bad, good
+
+
+def test_messages_keep_the_fields_a_template_may_use() -> None:
+    messages = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "Hello", "name": "Ann"},
+        {"role": "assistant", "content": "x", "reasoning_content": "hm", "tool_calls": [{"a": 1}]},
+        {"role": "tool", "content": "4", "tool_call_id": "t"},
+    ]
+    assert good({"messages": messages}).messages == messages
+
+
+def test_null_fields_of_a_message_are_absent() -> None:
+    message = {"role": "user", "content": "x", "name": None, "tool_calls": None, "weight": None}
+    assert good({"messages": [message]}).messages == [{"role": "user", "content": "x"}]
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image_url": None}]
+    (message,) = good({"messages": [{"role": "user", "content": parts}]}).messages or []
+    assert message == {"role": "user", "content": "ab"}
+
+
+def test_a_message_with_tool_calls_needs_no_content() -> None:
+    message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    messages = good({"messages": [message, {"role": "tool", "content": "4"}]}).messages
+    assert messages is not None
+    assert messages[0]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ("x", "messages is 'x'"),
+        ([], "messages is []"),
+        ({}, "messages is {}"),
+        (["x"], "messages[0] is 'x'"),
+        ([USER, None], "messages[1] is null"),
+        ([{"content": "x"}], "messages[0].role is null"),
+        ([{"role": "bot", "content": "x"}], "messages[0].role is 'bot'"),
+        ([{"role": ["user"], "content": "x"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content is null"),
+        ([{"role": "assistant"}, USER], "messages[0].content is null"),
+        ([{"role": "user", "content": 1}], "messages[0].content is 1"),
+        ([{"role": "user", "content": ["x"]}], "part 'x'"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "text is null"),
+        ([{"role": "user", "content": "x", "weight": 1}], "unknown field 'weight'"),
+        ([{"role": "user", "content": "x", "name": 1}], "messages[0].name is 1"),
+        ([{"role": "assistant", "content": "x", "tool_calls": "f()"}], "tool_calls"),
+    ],
+)
+def test_a_bad_message_is_named(messages: Any, words: str) -> None:
+    bad("bad_messages", {"messages": messages}, words)
+
+
+def test_only_the_last_user_message_must_not_be_empty() -> None:
+    empty = {"role": "user", "content": ""}
+    bad("empty_prompt", {"messages": [USER, empty]})
+    bad("empty_prompt", {"messages": [{"role": "user", "content": []}]})
+    assert good({"messages": [empty, USER]}).messages == [empty, USER]
