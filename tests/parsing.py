@@ -1,4 +1,4 @@
-"""What the tests of prompts share: a row's columns -> a Prompt or a BadRow, whichever it must be."""
+"""What the tests of prompts share: a row -> a Prompt or a BadRow, whichever it must be."""
 
 from typing import Any
 
