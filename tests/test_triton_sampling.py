@@ -130,8 +130,8 @@ def test_rows_of_every_kind_in_one_batch(kind: str) -> None:
     logits = randn(len(rows), vocab_size, dtype=torch.bfloat16, scale=3)
     if kind == "tied":
         logits = logits.round()
-    elif kind == "equal":  # every token ties: no list holds them
-        logits[:] = -1.5
+    elif kind == "equal":  # every token ties, -0 with 0: no list holds them
+        logits[:], logits[:, ::2] = 0.0, -0.0
     elif kind == "masked":
         logits[:, torch.randperm(vocab_size)[:-17]] = -torch.inf
     table = Table(len(rows), vocab_size, seed=[2**63 - 1, -(2**63), *range(len(rows) - 2)])
@@ -139,6 +139,13 @@ def test_rows_of_every_kind_in_one_batch(kind: str) -> None:
         for name, value in row.items():
             getattr(table, name)[slot] = value
     check(logits, table)
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0])
+def test_a_flat_nucleus_is_drawn_from_as_a_peaked_one(scale: float) -> None:
+    # 20001 tokens are 313 blocks: the first list has 128 of them at most, the next one all.
+    top_p = [0.004, 0.05, 0.2, 0.9]
+    check(randn(4, 20001, dtype=torch.bfloat16, scale=scale), Table(4, 20001, top_p=top_p))
 
 
 @pytest.mark.long  # minutes in the interpreter; the batch above has every filter
