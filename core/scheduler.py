@@ -64,7 +64,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_window_steps = max_window_steps
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # in order of admission
+        self._running: dict[int, Sequence] = {}  # by request id, in order of admission
         self._chunked: Sequence | None = None  # the running one whose prompt is not done
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._launched: deque[tuple[list[Sequence], list[int]]] = deque()
@@ -84,7 +84,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether some sequence is not finished."""
-        return bool(self._waiting or self._running)
+        return bool(self._by_id)
 
     def add(self, request: Request) -> Failure | None:
         """Queue a request; one that can never run comes back as its Failure at once."""
@@ -135,9 +135,7 @@ class Scheduler:
             return
         if sequence.status is SequenceStatus.WAITING:
             self._waiting.remove(sequence)
-            self._forget(sequence)
-        else:
-            self._finish(sequence)
+        self._finish(sequence)
 
     def schedule(self) -> Batch | None:
         """The next launch, or None where there is nothing to do before tokens are read."""
@@ -172,7 +170,8 @@ class Scheduler:
             elif sequence.num_tokens >= sequence.max_length:
                 outputs.append(self._complete(sequence, "length"))
             else:
-                self._publish(sequence)
+                if sequence.slot is not None:
+                    self._publish(sequence)
                 if sequence.request.reports_tokens:
                     outputs.append(
                         NewTokens(request_id=sequence.request.request_id, token_ids=token_ids)
@@ -201,10 +200,12 @@ class Scheduler:
         starts = ends - query_lens
         in_flight = [s.num_in_flight_tokens for s in sequences]
         self._launched.append((sequences, in_flight))
+        slots = _slots_of(sequences)
+        self._leave_if_full(sequences)
         return PrefillBatch(
             admissions=self._take_admissions(),
             block_table_update=self._take_block_table_update(),
-            slots=_slots_of(sequences),
+            slots=slots,
             token_ids=np.concatenate(
                 [s.token_ids[a:b] for s, a, b in zip(sequences, starts, ends, strict=True)]
             ),
@@ -227,7 +228,7 @@ class Scheduler:
         if needed > blocks.num_free_blocks:
             return None
         self._waiting.popleft()
-        self._running.append(sequence)
+        self._running[sequence.request.request_id] = sequence
         blocks.take(cached)
         sequence.status = SequenceStatus.RUNNING
         sequence.slot = self._free_slots.pop()
@@ -258,7 +259,7 @@ class Scheduler:
 
     def _schedule_decode(self) -> DecodeBatch | None:
         while True:
-            sequences = [s for s in self._running if s.planned_length < s.max_length]
+            sequences = list(self._running.values())
             if not sequences:
                 return None
             num_steps = self._window_steps(sequences)
@@ -266,17 +267,17 @@ class Scheduler:
                 break
             if self._launched:
                 return None  # a preempted sequence's tokens must be known: read them first
-            self._preempt(self._running[-1])
+            self._preempt(sequences[-1])
         for sequence in sequences:
             sequence.num_in_flight_tokens += num_steps
             self._grow(sequence, sequence.planned_length - 1)
         self.stats.num_decode_steps += num_steps
         self.stats.num_decode_slots += num_steps * len(sequences)
         self._launched.append((sequences, [num_steps] * len(sequences)))
+        slots = _slots_of(sequences)
+        self._leave_if_full(sequences)
         return DecodeBatch(
-            block_table_update=self._take_block_table_update(),
-            slots=_slots_of(sequences),
-            num_steps=num_steps,
+            block_table_update=self._take_block_table_update(), slots=slots, num_steps=num_steps
         )
 
     def _window_steps(self, sequences: list[Sequence]) -> int:
@@ -345,24 +346,32 @@ class Scheduler:
         )
 
     def _finish(self, sequence: Sequence) -> None:
-        self._publish(sequence)
-        self._leave(sequence)
-        self._forget(sequence)
+        if sequence.slot is not None:
+            self._publish(sequence)
+            self._leave(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        del self._by_id[sequence.request.request_id]
+
+    def _leave_if_full(self, sequences: list[Sequence]) -> None:
+        """Let those go whose last tokens are launched, before these are read.
+
+        What comes into their slots and blocks is launched later, and so runs later: the device
+        need not wait for the host to see that they have finished.
+        """
+        for sequence in sequences:
+            if sequence.planned_length == sequence.max_length:
+                self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         """Give back a running sequence's slot and blocks."""
         assert sequence.slot is not None, "a running sequence has a slot"
-        self._running.remove(sequence)
+        del self._running[sequence.request.request_id]
         if self._chunked is sequence:
             self._chunked = None
         self._free_slots.append(sequence.slot)
         self._block_manager.release(sequence.block_table)
         sequence.slot = None
         sequence.block_table = []
-
-    def _forget(self, sequence: Sequence) -> None:
-        sequence.status = SequenceStatus.FINISHED
-        del self._by_id[sequence.request.request_id]
 
     def _take_admissions(self) -> tuple[Admission, ...]:
         taken, self._new_admissions = tuple(self._new_admissions), []

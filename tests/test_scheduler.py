@@ -340,7 +340,12 @@ class World:
 
     @property
     def running(self) -> list[Sequence]:
-        return self.scheduler._running
+        return list(self.scheduler._running.values())
+
+    @property
+    def launched(self) -> list[Sequence]:
+        """The sequences of the newest launch, some of which may hold no slot any more."""
+        return self.scheduler._launched[-1][0]
 
     @property
     def waiting_ids(self) -> list[int]:
@@ -395,13 +400,12 @@ class World:
             self._check_batch(batch)
             self.batches.append(batch)
             owners = {}
-            for sequence in self.running:
-                check(sequence.slot is not None, "a running sequence without a slot")
-                assert sequence.slot is not None
+            for sequence, slot in zip(self.launched, batch.slots.tolist(), strict=True):
                 truth = self.truths.get(sequence.request.request_id)
                 check(truth is not None, "a sequence runs that has ended")
                 assert truth is not None
-                owners[sequence.slot] = truth
+                check(slot not in owners, "two sequences share a slot")
+                owners[slot] = truth
             self._results.append(self.device.run(batch, owners))
         outputs: list[Output] = []
         if self._results and (
