@@ -13,12 +13,28 @@ from rich.console import Console
 from rich.table import Table
 
 from nanovllm_cli import __version__
+from nanovllm_cli.core.attention_backend import (
+    AttentionBackend,
+    attention_backends,
+    choose_attention_backend,
+)
+from nanovllm_cli.core.config import EngineConfig
+from nanovllm_cli.core.errors import UserError
+from nanovllm_cli.core.resolved_config import check_gpu
 
 from .exit_code import CommandError, ExitCode
+from .files import io_errors
 from .models import SHORT_NAMES, resolve_model
-from .writer import io_errors
 
-_PACKAGES = ("torch", "triton", "flash-attn", "transformers", "safetensors", "pyarrow")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "flash-attn",
+    "flash-attn-3",
+    "transformers",
+    "safetensors",
+    "pyarrow",
+)
 
 
 def doctor(*, as_json: bool) -> ExitCode:
@@ -32,7 +48,7 @@ def doctor(*, as_json: bool) -> ExitCode:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in report.items():
         if isinstance(value, dict):
-            value = ", ".join(f"{key} {item}" for key, item in value.items())
+            value = "\n".join(f"{key}: {item}" for key, item in value.items())
         elif isinstance(value, list):
             value = "\n".join(map(str, value)) or "none"
         table.add_row(name.replace("_", " "), str(value))
@@ -56,19 +72,33 @@ def _report() -> dict[str, Any]:
     }
 
 
-def _choice() -> dict[str, str]:
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
+def _choice() -> dict[str, Any]:
+    """What a job without flags runs on; prefills on a GPU have several backends to choose from."""
+    try:
+        check_gpu()
+    except UserError as error:
+        is_there = torch.cuda.is_available()
         return {
-            "runs_on": "cuda",
-            "dtype": "bfloat16",
-            "attention": "Triton: split-KV decode, varlen prefill, both over pages",
-            "decode": "CUDA graphs",
+            "runs_on": f"cpu, with --device cpu: {error.message}" if is_there else "cpu",
+            "dtype": "float32",
+            "attention": "plain PyTorch over pages, the same bits in every batch",
+            "decode": "eager",
         }
+    settings: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "block_size": EngineConfig().block_size,
+        "capability": torch.cuda.get_device_capability(),
+    }
+    chosen = choose_attention_backend("auto", **settings)
     return {
-        "runs_on": "cpu",
-        "dtype": "float32",
-        "attention": "plain PyTorch over pages, the same bits in every batch",
-        "decode": "eager",
+        "runs_on": "cuda",
+        "dtype": settings["dtype"],
+        "attention": f"prefill {chosen.name}, decode triton",
+        "attention_backends": {
+            name: found.name if isinstance(found, AttentionBackend) else f"not used: {found}"
+            for name, found in attention_backends(**settings).items()
+        },
+        "decode": "CUDA graphs",
     }
 
 
