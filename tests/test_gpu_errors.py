@@ -74,7 +74,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch, *, free: int, reserved: int = 0) -> I
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: str(error)[:40])
 def test_a_failure_of_the_gpu_in_a_launch_is_named(error: Exception) -> None:
     runner = object.__new__(GpuRunner)
-    runner._table = Raises(error)  # type: ignore[assignment]
+    runner._staging = Raises(error)  # type: ignore[assignment]
     with pytest.raises(GpuFailed, match=r"^the GPU failed: ") as caught:
         runner.launch(None)  # type: ignore[arg-type]
     assert caught.value.message == f"the GPU failed: {str(error).splitlines()[0]}"
@@ -91,7 +91,7 @@ def test_a_failure_that_shows_only_when_the_tokens_are_read_is_named(error: Exce
 
 def test_memory_that_runs_out_in_a_launch_is_a_failure_of_the_gpu() -> None:
     runner = object.__new__(GpuRunner)
-    runner._table = Raises(torch.OutOfMemoryError(OUT_OF_MEMORY))  # type: ignore[assignment]
+    runner._staging = Raises(torch.OutOfMemoryError(OUT_OF_MEMORY))  # type: ignore[assignment]
     with pytest.raises(GpuFailed, match="ran out of memory") as caught:
         runner.launch(None)  # type: ignore[arg-type]
     assert "Tried to allocate 20.00 GiB" in caught.value.message
