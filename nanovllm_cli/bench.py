@@ -1,173 +1,153 @@
-"""`nanovllm bench`: a fixed workload through the engine, timed.
+"""`nanovllm bench`: a workload through the engine, timed, beside the bound of this machine.
 
 Without a checkpoint of the named model, weights are random and made on the device. Every sequence
 runs to its given length (end-of-text ignored), so that the work is the same whatever the weights.
 """
 
-import platform
-import statistics
+import gc
 import sys
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
 
 import orjson
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from nanovllm_cli import __version__
-from nanovllm_cli.core.config import EngineConfig, ModelConfig
-from nanovllm_cli.core.engine import Engine, build_model
+from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.errors import UserError
-from nanovllm_cli.core.loader import load_random_weights, load_weights
-from nanovllm_cli.core.request import Completion, Request
-from nanovllm_cli.core.sampling_params import SamplingParams
+from nanovllm_cli.core.resolved_config import ResolvedConfig, resolve
 
+from .bench_compare import check_comparable, comparison, read_record
+from .bench_options import BenchOptions
+from .bench_record import bound_record, identity, phases_record, settings_record, speed_record
+from .bench_table import say_record
 from .builtin_configs import builtin_config
 from .exit_code import CommandError, ExitCode
+from .files import io_errors
+from .machine import device_name, gpu_counters, seconds_since_process_start, software
+from .machine_rates import cpu_rates, gpu_rates
+from .measurement import measure
 from .models import resolve_model
-from .options import DEFAULT_MODEL
+from .roofline import MachineRates, bound, loads
+from .timed_pass import check_fits
 from .workloads import WORKLOADS, Workload
-
-_WARM_UP = 64  # sequences of 64 tokens in and 8 out
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """One benchmark; every default is here."""
-
-    model: str = DEFAULT_MODEL
-    workload: str = "nano"
-    repeats: int = 3
-    temperature: float = 0.6
-    limit: int | None = None  # of the workload's sequences
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self) -> None:
-        if self.workload not in WORKLOADS:
-            raise UserError(f"no workload {self.workload!r}", f"There are {', '.join(WORKLOADS)}.")
-        if self.repeats < 1:
-            raise UserError(f"--repeats is {self.repeats}; it must be at least 1")
 
 
 def bench(options: BenchOptions) -> ExitCode:
-    """A table on stderr, one JSON document on stdout."""
+    """A table on stderr, one JSON document on stdout; TOO_SLOW where --fail-if-slower says so."""
+    import_seconds = seconds_since_process_start()
     start = time.perf_counter()
-    engine, weights = _engine(options)
-    load_seconds = time.perf_counter() - start
-    make = WORKLOADS[options.workload]
-    _run(engine, [(p[:64], 8) for p, _ in make(options.repeats)[:_WARM_UP]], options.temperature)
-    runs = [
-        _run(engine, make(repeat)[: options.limit], options.temperature)
-        for repeat in range(options.repeats)
-    ]
-    document = _document(options, engine, weights, load_seconds, runs)
-    sys.stdout.buffer.write(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "min", "median", "max"):
-        table.add_column(title, justify="left" if not title else "right")
-    for name, values in document["over_repeats"].items():
-        table.add_row(name.replace("_", " "), *(f"{value:,.2f}" for value in values.values()))
-    console = Console(file=sys.stderr)
-    console.print(
-        f"{options.model} ({weights} weights), {options.workload}, {document['device']}, "
-        f"{options.repeats} repeats, engine ready in {load_seconds:.1f} s",
-        highlight=False,
+    if sys.stdout is None:
+        raise CommandError("standard output is closed", exit_code=ExitCode.PIPE_CLOSED)
+    old = read_record(options.compare) if options.compare is not None else None
+    if options.profile is not None:
+        with io_errors(options.profile):
+            options.profile.mkdir(parents=True, exist_ok=True)
+    model, checkpoint = _find_model(options)
+    settings = resolve(options.engine, model)
+    check_seconds = time.perf_counter() - start
+
+    draw = _workload(options, model, checkpoint)
+    workload = draw(0)
+    if options.limit is not None and options.limit > len(workload):
+        raise UserError(
+            f"--limit is {options.limit}; {options.workload} has {len(workload)} sequences"
+        )
+    check_fits(workload, settings.max_model_len)
+    record = identity(options, workload, settings, device_name(settings.device))
+    if old is not None and options.compare is not None:
+        check_comparable(old, record, options.compare)
+
+    num_threads = torch.get_num_threads()
+    counters = gpu_counters(settings.device)
+    measurement = measure(options, settings, model, checkpoint, draw, counters)
+    timed = measurement.median_pass
+    rates = _machine_rates(settings, num_threads)
+    least = bound(
+        model,
+        getattr(torch, settings.dtype).itemsize,
+        loads(workload, is_shared=settings.enable_prefix_caching),
+        rates,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
     )
-    console.print(table, highlight=False)
-    return ExitCode.OK
+    record = {
+        **speed_record(measurement),
+        **record,
+        "weights": "random" if checkpoint is None else "the checkpoint's",
+        "temperature": options.temperature,
+        **bound_record(least, rates, timed),
+        **phases_record(measurement, import_seconds, check_seconds),
+        "settings": settings_record(settings, measurement),
+        "software": software(counters),
+        "command": sys.argv,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "comparison": None,
+        "profile": measurement.profile,
+        "runs": [asdict(timed) for timed in measurement.passes],
+    }
+    if old is not None and options.compare is not None:
+        record["comparison"] = comparison(old, record, options.compare, options.fail_if_slower)
+    with io_errors("standard output"):
+        sys.stdout.buffer.write(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+        sys.stdout.flush()
+    say_record(record)
+    is_too_slow = record["comparison"] is not None and record["comparison"]["is_too_slow"]
+    return ExitCode.TOO_SLOW if is_too_slow else ExitCode.OK
 
 
-def _engine(options: BenchOptions) -> tuple[Engine, str]:
-    """A ready engine, and whether its weights are a checkpoint's or random."""
-    model_config = builtin_config(options.model)
+def _find_model(options: BenchOptions) -> tuple[ModelConfig, Path | None]:
+    """What the model is, and its checkpoint; None where random weights do."""
+    model = builtin_config(options.model)
     try:
         path = resolve_model(options.model, offline=True)
-    except CommandError:
-        if model_config is None:
+    except CommandError as error:
+        if model is None:
             raise
-        model = build_model(model_config, options.engine)
-        load_random_weights(model)
-        return Engine(model, options.engine), "random"
-    model = build_model(ModelConfig.from_directory(path), options.engine)
-    load_weights(model, path)
-    return Engine(model, options.engine), "the checkpoint's"
+        if not options.is_fixed:
+            raise CommandError(
+                error.message,
+                f"The prompts of {options.workload} need the model's tokenizer: "
+                "give a directory with --model.",
+                exit_code=error.exit_code,
+            ) from None
+        return model, None
+    return ModelConfig.from_directory(path), path
 
 
-def _run(engine: Engine, workload: Workload, temperature: float) -> dict[str, Any]:
-    """One pass over the workload; nothing is left running."""
-    before = engine.stats.copy()
-    start = time.perf_counter()
-    for index, (prompt, num_tokens) in enumerate(workload):
-        sampling = SamplingParams(
-            temperature=temperature, max_tokens=num_tokens, ignore_eos=True, seed=index
+def _workload(
+    options: BenchOptions, model: ModelConfig, checkpoint: Path | None
+) -> Callable[[int], Workload]:
+    """The sequences of each pass, the first `--limit` of them."""
+    if options.is_fixed:
+        make = WORKLOADS[options.workload]
+    else:
+        # Late: transformers, for the tokenizer, takes seconds to import.
+        from .prompt_file import prompt_file
+
+        assert checkpoint is not None, "a file of prompts comes with a checkpoint"
+        make = prompt_file(
+            options.workload,
+            checkpoint,
+            model.vocab_size,
+            max_tokens=options.max_tokens,
+            limit=options.limit,
         )
-        request = Request(request_id=index, prompt_token_ids=prompt, sampling=sampling)
-        failure = engine.add(request)
-        if failure is not None:
-            raise UserError(f"the workload does not fit: {failure.message}")
-    num_output_tokens = 0
-    while engine.has_work:
-        for output in engine.step():
-            assert isinstance(output, Completion), output
-            num_output_tokens += len(output.token_ids)
-    seconds = time.perf_counter() - start
-    expected = sum(num_tokens for _, num_tokens in workload)
-    assert num_output_tokens == expected, f"{num_output_tokens} tokens, not {expected}"
-    stats = engine.stats.since(before)
-    return {
-        "elapsed_time": seconds,
-        "num_requests": len(workload),
-        "prompt_tokens": sum(len(prompt) for prompt, _ in workload),
-        "output_tokens": num_output_tokens,
-        "cached_tokens": stats.num_cached_tokens,
-        "prefill_launches": stats.num_prefill_launches,
-        "decode_steps": stats.num_decode_steps,
-        "mean_batch": stats.num_decode_slots / max(stats.num_decode_steps, 1),
-        "preemptions": stats.num_preemptions,
-    }
+
+    def draw(repeat: int) -> Workload:
+        sequences = make(repeat)[: options.limit]
+        # A small model has fewer tokens than are drawn.
+        return [(prompt % model.vocab_size, num_tokens) for prompt, num_tokens in sequences]
+
+    return draw
 
 
-def _document(
-    options: BenchOptions,
-    engine: Engine,
-    weights: str,
-    load_seconds: float,
-    runs: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """The record: what ran where, each repeat, and vLLM's five keys for the median one."""
-
-    def spread(values: list[float]) -> dict[str, float]:
-        return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-    median = sorted(runs, key=lambda run: run["elapsed_time"])[(len(runs) - 1) // 2]
-    seconds = median["elapsed_time"]
-    total = median["prompt_tokens"] + median["output_tokens"]
-    is_gpu = torch.cuda.is_available() and engine.device == "cuda"
-    return {
-        "elapsed_time": seconds,
-        "num_requests": median["num_requests"],
-        "total_num_tokens": total,
-        "requests_per_second": median["num_requests"] / seconds,
-        "tokens_per_second": total / seconds,
-        "over_repeats": {
-            "seconds": spread([run["elapsed_time"] for run in runs]),
-            "output_tokens_per_second": spread(
-                [run["output_tokens"] / run["elapsed_time"] for run in runs]
-            ),
-            "prompt_tokens_per_second": spread(
-                [run["prompt_tokens"] / run["elapsed_time"] for run in runs]
-            ),
-        },
-        "model": options.model,
-        "weights": weights,
-        "workload": options.workload,
-        "temperature": options.temperature,
-        "device": torch.cuda.get_device_name() if is_gpu else platform.processor() or "cpu",
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if is_gpu else None,
-        "load_seconds": load_seconds,
-        "nanovllm_version": __version__,
-        "torch_version": torch.__version__,
-        "runs": runs,
-    }
+def _machine_rates(settings: ResolvedConfig, num_threads: int) -> MachineRates:
+    """Measured when the engine is gone, on a machine that is warm."""
+    gc.collect()
+    if settings.device == "cpu":
+        return cpu_rates(settings.num_threads or num_threads)
+    torch.cuda.empty_cache()
+    return gpu_rates(getattr(torch, settings.dtype))

@@ -1,47 +1,96 @@
 """`nanovllm bench`: its flags -> BenchOptions -> the measurement."""
 
+from pathlib import Path
+
 import typer
 
 from nanovllm_cli.core.config import EngineConfig
 
 from . import flags
 from .exit_code import ExitCode
-from .options import GenerateOptions
+from .options import DEFAULT_MODEL
 from .run_job import run_job
 from .settings import option
 
+_WORK, _RECORD = "Work", "Record"
+
 
 def bench_command(
-    model: flags.Model = GenerateOptions.model,
     workload: str = option(
-        "nano", "--workload", panel=flags.RUN,
-        metavar="NAME",
-        help="nano, decode-heavy, prefill-heavy, shared-prefix or short-answers.",
+        "nano", "--workload", "-w", panel=_WORK, metavar="NAME",
+        help="nano, decode-heavy, prefill-heavy, shared-prefix, short-answers, or a file of "
+        "prompts (as for generate; it needs a checkpoint, for its tokenizer).",
     ),
-    repeats: int = option(3, "--repeats", panel=flags.RUN, help="Timed passes after a warm-up."),
-    temperature: float = option(0.6, "--temperature", panel=flags.RUN, help="0 is greedy."),
+    repeats: int = option(
+        3, "--repeats", panel=_WORK, help="Timed passes after a warm-up, each with other prompts."
+    ),
+    temperature: float = option(0.6, "--temperature", panel=_WORK, help="0 is greedy."),
+    max_tokens: int | None = option(
+        None, "--max-tokens", panel=_WORK,
+        help="For each prompt of a file; a row's own comes first. Default: 128.",
+    ),
     limit: int | None = option(
-        None, "--limit", panel=flags.RUN, metavar="ROWS", min=1, help="Only the first sequences."
+        None, "--limit", panel=_WORK, metavar="ROWS", help="Only the first sequences."
     ),
+    compare: Path | None = option(
+        None, "--compare", panel=_RECORD, metavar="FILE",
+        help="An earlier record of the same work, to say what has changed.",
+    ),
+    fail_if_slower: float | None = option(
+        None, "--fail-if-slower", panel=_RECORD, metavar="PERCENT",
+        help="With --compare: exit 3 where the median of output tokens per second is so much less.",
+    ),
+    profile: Path | None = option(
+        None, "--profile", panel=_RECORD, metavar="DIR",
+        help="One more pass: torch profiler traces of two slices, and the time of each kernel.",
+    ),
+    model: flags.Model = DEFAULT_MODEL,
+    dtype: flags.DType = flags.DEFAULTS.dtype,
+    max_model_len: flags.MaxModelLen = None,
     device: flags.Device = flags.DEFAULTS.device,
     max_num_seqs: flags.MaxNumSeqs = None,
     max_num_batched_tokens: flags.MaxNumBatchedTokens = None,
+    gpu_memory_utilization: flags.GpuMemoryUtilization = flags.DEFAULTS.gpu_memory_utilization,
+    attention_backend: flags.AttentionBackend = flags.DEFAULTS.attention_backend,
     enforce_eager: flags.EnforceEager = False,
+    block_size: flags.BlockSize = flags.DEFAULTS.block_size,
+    no_prefix_caching: flags.NoPrefixCaching = False,
+    max_window_steps: int | None = option(
+        None, "--max-window-steps", panel=flags.ENGINE,
+        help="Decode steps between two looks of the host; default: 32 on a GPU, 1 on a CPU.",
+    ),
+    num_threads: int | None = option(
+        None, "--num-threads", panel=flags.ENGINE, help="On a CPU; default: one for each core."
+    ),
     debug: flags.Debug = False,
 ) -> None:  # fmt: skip
-    """Time a fixed workload: a table on stderr, one JSON document on stdout.
+    """Time a workload: a table on stderr, one JSON document on stdout.
 
     [bold]nanovllm bench --model Qwen3-0.6B[/bold]
+
+    The table shows what share was reached of what this machine could do at
+    best: its memory bandwidth and its rate of matrix products are measured in
+    the same run. Without a checkpoint Qwen3-0.6B ... Qwen3-32B have random
+    weights.
     """
 
     def job() -> ExitCode:
-        from .bench import BenchOptions, bench
+        from .bench import bench
+        from .bench_options import BenchOptions
 
         engine = EngineConfig(
-            device=device,  # type: ignore[arg-type]  # checked by EngineConfig
+            dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+            max_model_len=max_model_len,
+            device=device,  # type: ignore[arg-type]  # likewise
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+            attention_backend=attention_backend,  # type: ignore[arg-type]  # likewise
             enforce_eager=enforce_eager,
+            block_size=block_size,
+            enable_prefix_caching=not no_prefix_caching,
+            max_window_steps=max_window_steps,
+            num_threads=num_threads,
         )
         return bench(
             BenchOptions(
@@ -49,7 +98,11 @@ def bench_command(
                 workload=workload,
                 repeats=repeats,
                 temperature=temperature,
+                max_tokens=max_tokens,
                 limit=limit,
+                compare=compare,
+                fail_if_slower=fail_if_slower,
+                profile=profile,
                 engine=engine,
             )
         )

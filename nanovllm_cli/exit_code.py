@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     INTERNAL = 1
     USAGE = 2
     SOME_ROWS_FAILED = 3
+    TOO_SLOW = 3  # of `bench --fail-if-slower`
     INPUT_UNUSABLE = 65
     NOT_FOUND = 66
     UNAVAILABLE = 69

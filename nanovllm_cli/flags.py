@@ -13,7 +13,7 @@ Model = Annotated[
     str,
     shared_option(
         "--model", "-m", panel=MODEL, metavar="NAME",
-        help="A directory, Qwen3-0.6B ... Qwen3-32B, or org/name[@revision].",
+        help="A directory, Qwen3-0.6B ... Qwen3-32B, or org/name\\[@revision].",
     ),
 ]  # fmt: skip
 DType = Annotated[
@@ -23,6 +23,10 @@ DType = Annotated[
         help="auto: bfloat16 on a GPU, float32 on a CPU.",
     ),
 ]  # fmt: skip
+MaxModelLen = Annotated[
+    int | None,
+    shared_option("--max-model-len", panel=ENGINE, help="Prompt and completion at most."),
+]
 Device = Annotated[
     str,
     shared_option(
@@ -49,10 +53,27 @@ GpuMemoryUtilization = Annotated[
         "--gpu-memory-utilization", panel=ENGINE, help="Share of the GPU's memory to use."
     ),
 ]
+AttentionBackend = Annotated[
+    str,
+    shared_option(
+        "--attention-backend", panel=ENGINE, metavar="NAME",
+        help="Of prefills on a GPU: triton, torch, flash-attn, flash-attn-3; auto is the best.",
+    ),
+]  # fmt: skip
 EnforceEager = Annotated[
     bool,
     shared_option(
         "--enforce-eager", panel=ENGINE, help="No CUDA graphs: a quicker start, slower steps."
     ),
+]
+BlockSize = Annotated[
+    int,
+    shared_option(
+        "--block-size", panel=ENGINE, help="Tokens of a KV block, the grain of prefix caching."
+    ),
+]
+NoPrefixCaching = Annotated[
+    bool,
+    shared_option("--no-prefix-caching", panel=ENGINE, help="Compute every prompt in full."),
 ]
 Debug = Annotated[bool, shared_option("--debug", panel=RUN, help="Tracebacks for errors.")]

@@ -1,5 +1,6 @@
 """What a record says of its machine: the commit, the clock, NVIDIA's counters."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,40 @@ def test_a_machine_without_nvml_has_no_counters() -> None:
     if not torch.cuda.is_available():
         assert nowhere.driver_version() is None
         assert software(None)["driver"] is None
+
+
+_FAKE_NVML = """
+#include <string.h>
+int nvmlInit_v2(void) { return 0; }
+int nvmlSystemGetDriverVersion(char *text, unsigned size) {
+    strncpy(text, "999.1", size);
+    return 0;
+}
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
+    *device = (void *)(1ull << 40);  /* more than 32 bits must come back */
+    return strcmp(uuid, "GPU-1234") != 0;
+}
+int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *millijoules) {
+    *millijoules = 5000000001500ull;
+    return device != (void *)(1ull << 40);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_energy_and_driver_are_what_the_library_says(tmp_path: Path) -> None:
+    (tmp_path / "nvml.c").write_text(_FAKE_NVML)
+    command = ["cc", "-shared", "-fPIC", "-o", "libnvidia-ml.so.1", "nvml.c"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    code = (
+        "from nanovllm_cli.nvml import Nvml\n"
+        "for uuid in '1234', 'GPU-1234', 'other':\n"
+        "    print(Nvml(uuid).driver_version(), Nvml(uuid).joules())"
+    )
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    known, unknown = b"999.1 5000000001.5", b"999.1 None"
+    assert run.stdout.splitlines() == [known, known, unknown], run.stderr
 
 
 def test_a_cpu_has_a_name_and_rates() -> None:
