@@ -62,12 +62,14 @@ class FileOutput:
                 journal_path.unlink(missing_ok=True)
         self.journal = Journal(journal_path, header, shard=options.shard, private=options.private)
         if journal_path.exists():
-            self.journal = _recover(journal_path, options)
-            check_same(self.journal.header["fingerprint"], fingerprint, of=f"{journal_path}")
+            check_same(_read_header(journal_path)["fingerprint"], fingerprint, of=journal_path)
+            self.journal = Journal.recover(
+                journal_path, shard=options.shard, private=options.private
+            )
             if options.retry_failed:
                 self.journal.forget_failed()
         elif not (options.restart or options.overwrite) and record and output == record.output:
-            check_same(record.fingerprint, fingerprint, of=f"{self._path}")
+            check_same(record.fingerprint, fingerprint, of=self._path)
             self._finished = record
 
     @property
@@ -221,9 +223,9 @@ class FileOutput:
         return contents[0], contents[1]
 
 
-def _recover(path: Path, options: GenerateOptions) -> Journal:
+def _read_header(path: Path) -> dict[str, Any]:
     try:
-        return Journal.recover(path, shard=options.shard, private=options.private)
+        return Journal.read_header(path)
     except (NotAJournal, IsADirectoryError):
         raise CommandError(
             f"{path} is no journal of this version of nanovllm, or its first line is damaged",

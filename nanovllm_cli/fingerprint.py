@@ -46,6 +46,7 @@ def fingerprint(
         "parse_special": options.parse_special,
         "device": engine.device,
         "dtype": engine.dtype,
+        "attention_backend": engine.attention_backend and engine.attention_backend.name,
         "max_model_len": engine.max_model_len,
         "shard": str(options.shard),
         **prompt,
@@ -62,7 +63,7 @@ def fingerprint(
     return named | hashes | {"weights": weights.hexdigest()}
 
 
-def check_same(old: Fingerprint, new: Fingerprint, *, of: str) -> None:
+def check_same(old: Fingerprint, new: Fingerprint, *, of: Path) -> None:
     """Raise CommandError CONFIG_MISMATCH with every name whose value differs."""
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if not names:

@@ -9,7 +9,7 @@ import xxhash
 
 from .exit_code import ExitCode
 from .journal import Journal, Kind
-from .row_key import marks_of
+from .row_key import marks_of, rows_per_mark
 from .row_ranges import RowNumbers, from_ranges, to_ranges
 
 _CHUNK_BYTES = 1 << 20
@@ -52,7 +52,7 @@ class JobRecord:
         try:
             stats = orjson.loads(path.read_bytes())
             resume = stats["resume"]
-            return cls(
+            record = cls(
                 exit_code=ExitCode(stats["exit_code"]),
                 fingerprint=stats["fingerprint"],
                 num_rows=resume["input_rows"],
@@ -64,6 +64,8 @@ class JobRecord:
                 errors=resume["errors"],
                 replaced=resume["replaced"],
             )
+            num_marks = -(-record.num_completed // rows_per_mark(record.num_completed))
+            return record if len(record.completed_marks) == num_marks else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 

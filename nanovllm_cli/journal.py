@@ -31,6 +31,7 @@ _SYNC_SECONDS = 1.0
 _SYNC_ROWS = 1000
 _BUFFER_BYTES = 1 << 20
 _ROWS_AT_ONCE = 1 << 16
+_MAX_HEADER_BYTES = 1 << 24
 _HEADER_KEY = "nanovllm_journal"
 _VERSION = 1
 
@@ -82,11 +83,17 @@ class Journal:
         self._num_unsynced = 0
         self._synced = time.monotonic()
 
+    @staticmethod
+    def read_header(path: Path) -> dict[str, Any]:
+        """The header of the journal at `path`; raises NotAJournal, FileNotFoundError."""
+        with open(path, "rb") as file:
+            return _parse_header(file.readline(_MAX_HEADER_BYTES))
+
     @classmethod
     def recover(cls, path: Path, *, shard: Shard | None = None, private: bool = False) -> "Journal":
         """The journal that a run left at `path`; raises NotAJournal, FileNotFoundError."""
         with open(path, "rb") as file:
-            header = _parse_header(file.readline())
+            header = _parse_header(file.readline(_MAX_HEADER_BYTES))
             journal = cls(path, header, shard=shard, private=private)
             offset = end = file.tell()
             for line in file:
