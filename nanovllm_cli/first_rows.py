@@ -14,6 +14,7 @@ from .refusal import shown
 from .rows import BadRow, Row
 
 _ROWS_TRIED = 100
+_NO_ROW = ("invalid_json", "not_an_object")  # the codes of lines that are not JSON lines at all
 
 
 def try_first_rows(rows: Iterator[Row | BadRow], options: PromptOptions) -> Iterator[Row | BadRow]:
@@ -27,10 +28,17 @@ def try_first_rows(rows: Iterator[Row | BadRow], options: PromptOptions) -> Iter
     tried = (to_prompt(row, options) if isinstance(row, Row) else row for row in first)
     bad = [row for row in tried if isinstance(row, BadRow)]
     if bad and len(bad) == len(first):
+        need = (
+            "A row needs a prompt, messages or prompt_token_ids; --prompt-column, "
+            "--messages-column and --template name others."
+        )
+        if all(row.code in _NO_ROW for row in bad):
+            need = (
+                "Inputs are Parquet, or one JSON object a line: jq -c '.[]' makes them of a list."
+            )
         raise CommandError(
             f"{bad[0].source}:{bad[0].line}: {bad[0].message}",
-            f"None of the first {len(bad)} rows is usable. A row needs a prompt, messages or "
-            "prompt_token_ids; --prompt-column, --messages-column and --template name others.",
+            f"None of the first {len(bad)} rows is usable. {need}",
             exit_code=ExitCode.INPUT_UNUSABLE,
         )
     return chain(first, rows)

@@ -99,7 +99,8 @@ def _id_of(columns: Mapping[str, Any], options: PromptOptions) -> str | int | No
             value = columns.get("custom_id")
     if value is None or type(value) is str or type(value) is int:
         return value
-    raise Refused("bad_id", f"the id is {shown(value)}; it must be a string or an integer")
+    limit = "a string, or an integer of at most 64 bits"
+    raise Refused("bad_id", f"the id is {shown(value)}; it must be {limit}")
 
 
 def _content_of(columns: Mapping[str, Any], options: PromptOptions) -> Content:

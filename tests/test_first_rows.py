@@ -82,6 +82,12 @@ def test_lines_that_are_no_rows_do_not_blame_the_flag() -> None:
     assert refusal([BROKEN, *rows_of(GOOD)], prompt_column="text").exit_code == ExitCode.USAGE
 
 
+def test_a_file_that_is_no_json_lines_is_told_what_they_are() -> None:
+    array = BadRow(index=0, source="s", line=1, id=None, code="not_an_object", message="a list")
+    assert "one JSON object a line" in str(refusal([array, BROKEN]).hint)
+    assert "one JSON object a line" not in str(refusal([array, *rows_of({"id": 1})]).hint)
+
+
 def test_no_row_is_lost_and_none_is_read_too_early() -> None:
     taken = 0
 
