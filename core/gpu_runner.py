@@ -23,6 +23,7 @@ from nanovllm_cli.core.batch import (
 )
 from nanovllm_cli.core.gpu_attention import DecodeAttention, PrefillAttention
 from nanovllm_cli.core.gpu_errors import gpu_errors
+from nanovllm_cli.core.kernel_warm_up import layer_kernels, run_side_by_side
 from nanovllm_cli.core.kv_cache import allocate_kv_caches, blocks_per_sequence, num_kv_blocks
 from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.resolved_config import ResolvedConfig
@@ -36,12 +37,12 @@ _GRAPH_BYTES = 512 << 20  # left for the captured steps' own memory
 
 
 def graph_batch_sizes(max_num_seqs: int) -> list[int]:
-    """The captured batch sizes: 1, 2, 4, 8, then steps of an eighth, ending at the maximum."""
+    """The captured batch sizes: 1, 2, 4, 8, then four to a doubling, ending at the maximum."""
     sizes = [size for size in (1, 2, 4) if size < max_num_seqs]
     size = 8
     while size < max_num_seqs:
         sizes.append(size)
-        size += max(8, size // 64 * 8)
+        size += max(8, (1 << size.bit_length()) // 8)
     return [*sizes, max_num_seqs]
 
 
@@ -102,11 +103,12 @@ class GpuRunner:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._kv_caches: list[KVCache] = []
         with torch.inference_mode():
+            self._kv_caches = allocate_kv_caches(2, sizes, config)
+            self._compile_kernels()
             kv_cache_bytes = config.kv_cache_bytes
             if kv_cache_bytes is None:
-                self._kv_caches = allocate_kv_caches(2, sizes, config)
                 kv_cache_bytes = self._free_bytes(config)
-                self._kv_caches = []  # gives its memory back before the real one takes it
+            self._kv_caches = []  # gives its memory back before the real one takes it
             self.num_blocks = num_kv_blocks(kv_cache_bytes, sizes, config)
             self._kv_caches = allocate_kv_caches(self.num_blocks, sizes, config)
             if not config.enforce_eager:
@@ -130,7 +132,7 @@ class GpuRunner:
             num_seqs, num_steps = len(batch.slots), 1
             self._prefill(batch)
         num_rows = OUT_ROWS_BEFORE_TOKENS + num_steps
-        host = self._staging.host_tensor((num_rows, num_seqs), torch.int32)
+        host = self._staging.host_tensor((num_rows, num_seqs))
         host.copy_(self._out[:num_rows, :num_seqs].contiguous(), non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
@@ -142,7 +144,7 @@ class GpuRunner:
         size = next(size for size in self._batch_sizes if size >= num_seqs)
         slots = np.full(size, self._table.idle_slot, dtype=np.int32)
         slots[:num_seqs] = batch.slots
-        self._slots[:size] = self._table.to_device(slots, torch.int32)
+        self._slots[:size] = self._table.to_device(slots)
         for _ in range(batch.num_steps):
             if self._graphs:
                 self._graphs[size].replay()
@@ -151,6 +153,11 @@ class GpuRunner:
 
     def _decode_step(self, size: int) -> None:
         """One step of the first `size` entries of the slot list; this is what is captured."""
+        attention = self._prepare(size)
+        hidden = self._model(self._token_ids[:size], self._kv_caches, attention)
+        self._sample(self._model.logits(hidden), self._slots[:size])
+
+    def _prepare(self, size: int) -> DecodeAttention:
         slots, table = self._slots[:size], self._table
         positions, slot_mapping = self._positions[:size], self._slot_mapping[:size]
         prepare(
@@ -164,14 +171,12 @@ class GpuRunner:
             block_size=self._block_size,
         )
         plan_decode_attention(self._plan, self._context_lens, slots, table.block_table)
-        attention = DecodeAttention(
+        return DecodeAttention(
             positions=positions,
             slot_mapping=slot_mapping,
             block_tables=table.block_table,
             plan=self._plan,
         )
-        hidden = self._model(self._token_ids[:size], self._kv_caches, attention)
-        self._sample(hidden, slots)
 
     def _prefill(self, batch: PrefillBatch) -> None:
         table = self._table
@@ -215,7 +220,7 @@ class GpuRunner:
         hidden = self._model(token_ids, self._kv_caches, attention)
         table.length[slots.long()] = lengths
         self._step.fill_(1)  # what `prepare` does in a decode step
-        self._sample(hidden[last_rows.long()], sampling_slots)
+        self._sample(self._model.logits(hidden[last_rows.long()]), sampling_slots)
 
     def _to_device(self, *rows: npt.NDArray[np.integer]) -> list[Tensor]:
         """Host arrays as int32 tensors, in one copy.
@@ -226,13 +231,13 @@ class GpuRunner:
         host = np.zeros((len(rows), width), dtype=np.int32)
         for row, values in zip(host, rows, strict=True):
             row[: len(values)] = values
-        device = self._table.to_device(host, torch.int32)
+        device = self._table.to_device(host)
         return [row[: len(values)] for row, values in zip(device, rows, strict=True)]
 
-    def _sample(self, hidden: Tensor, slots: Tensor) -> None:
+    def _sample(self, logits: Tensor, slots: Tensor) -> None:
         table = self._table
         sampled, is_nan = sample(
-            self._model.logits(hidden),
+            logits,
             slots,
             length=table.length,
             min_length=table.min_length,
@@ -274,13 +279,32 @@ class GpuRunner:
         torch.cuda.empty_cache()
         return int(total * config.gpu_memory_utilization) - others - peak - _GRAPH_BYTES
 
+    def _compile_kernels(self) -> None:
+        """Run every kernel once, on the idle slot."""
+        weight, backend = self._model.embed_tokens.weight, self._attention_backend
+        logits = torch.zeros(1, len(weight), dtype=weight.dtype, device=self._device)
+        run_side_by_side(
+            [
+                lambda: self._sample(logits, self._slots[:1]),
+                lambda: self._prepare(1),
+                lambda: self._prepare(len(self._slots)),
+                *layer_kernels(self._model, self._kv_caches[0], self._plan, backend),
+            ]
+        )
+        torch.cuda.synchronize(self._device)
+
     def _capture(self) -> None:
+        """Capture the step of every batch size, the largest first: the others fit its memory.
+
+        "relaxed", since cuBLAS loads some sizes' kernels in their capture.
+        """
+        self._decode_step(self._batch_sizes[-1])
+        torch.cuda.synchronize(self._device)
         pool = None
         for size in reversed(self._batch_sizes):
-            self._decode_step(size)  # compiles what this size needs: not possible in a capture
-            torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
                 self._decode_step(size)
             pool = graph.pool()
             self._graphs[size] = graph
+        self._graphs = dict(sorted(self._graphs.items()))

@@ -5,13 +5,11 @@ allocated. Everything else is advanced by the steps themselves, so that a window
 look from the host.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.batch import Admission, BlockTableUpdate
+from nanovllm_cli.core.batch import Admission, BlockTableUpdate, Int32
 from nanovllm_cli.core.block_manager import SCRATCH_BLOCK
 from nanovllm_cli.core.sampling_params import MAX_STOP_TOKEN_IDS
 from nanovllm_cli.core.staging import Staging
@@ -56,28 +54,38 @@ class SlotTable:
         """Write the rows of sequences that enter their slots."""
         if not admissions:
             return
-        slots = self.to_device([a.slot for a in admissions], torch.int64)
-        self.is_finished[slots] = False
-        for name in ("min_length", "max_length", "temperature", "top_k", "top_p", "min_p"):
-            column = getattr(self, name)
-            values = [getattr(admission, name) for admission in admissions]
-            column[slots] = self.to_device(values, column.dtype)
-        seeds = [a.seed - (1 << 64) if a.seed >= 1 << 63 else a.seed for a in admissions]
-        self.seed[slots] = self.to_device(seeds, torch.int64)
-        stops = [a.stop_token_ids for a in admissions]
-        padded = [[*ids, *[NO_TOKEN] * (MAX_STOP_TOKEN_IDS - len(ids))] for ids in stops]
-        self.stop_token_ids[slots] = self.to_device(padded, self.stop_token_ids.dtype)
+        integers = np.full((len(admissions), 6 + MAX_STOP_TOKEN_IDS), NO_TOKEN, dtype=np.int32)
+        reals = np.empty((len(admissions), 3), dtype=np.float32)
+        for row, real, a in zip(integers, reals, admissions, strict=True):
+            seed = a.seed.to_bytes(8, "little")
+            row[:4] = a.slot, a.min_length, a.max_length, a.top_k
+            row[4:6] = np.frombuffer(seed, dtype=np.int32)
+            row[6 : 6 + len(a.stop_token_ids)] = a.stop_token_ids
+            real[:] = a.temperature, a.top_p, a.min_p
+        rows = self.to_device(np.hstack((integers, reals.view(np.int32))))
+        slots = rows[:, 0].long()
+        self.is_finished.index_fill_(0, slots, False)
+        for column, values in (
+            (self.min_length, rows[:, 1]),
+            (self.max_length, rows[:, 2]),
+            (self.top_k, rows[:, 3]),
+            (self.seed, (rows[:, 4].long() & 0xFFFFFFFF) | (rows[:, 5].long() << 32)),
+            (self.stop_token_ids, rows[:, 6:-3]),
+            (self.temperature, rows[:, -3].view(torch.float32)),
+            (self.top_p, rows[:, -2].view(torch.float32)),
+            (self.min_p, rows[:, -1].view(torch.float32)),
+        ):
+            column[slots] = values.to(column.dtype)
 
     def extend_block_tables(self, update: BlockTableUpdate) -> None:
         """Write new block-table entries."""
         if len(update.slots):
-            rows = np.stack((update.slots, update.indices, update.block_ids))
-            slots, indices, block_ids = self.to_device(rows, torch.int64)
-            self.block_table[slots, indices] = block_ids.to(self.block_table.dtype)
+            rows = self.to_device(np.stack((update.slots, update.indices, update.block_ids)))
+            slots, indices, block_ids = rows
+            self.block_table[slots.long(), indices.long()] = block_ids.to(self.block_table.dtype)
 
-    def to_device(self, values: Any, dtype: torch.dtype) -> Tensor:
-        """A host array or list as a tensor beside the table, copied without waiting."""
-        host = torch.as_tensor(np.asarray(values)).to(dtype)
+    def to_device(self, values: Int32) -> Tensor:
+        """A host array as an int32 tensor beside the table, copied without waiting."""
         if self._staging is not None:
-            return self._staging.to_device(host)
-        return host.to(self.length.device)
+            return self._staging.to_device(values)
+        return torch.from_numpy(values).to(self.length.device)

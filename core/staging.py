@@ -1,13 +1,15 @@
 """Staging: the pinned host memory through which launches go to the GPU and their tokens come back.
 
 Allocated once: to pin memory on the way waits for everything that the GPU has been given, and then
-takes 0.6 ms (H200, driver 580).
+takes 0.6 ms (H200, driver 580). Filled by numpy, on the calling thread alone.
 """
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_BYTES = 8 << 20  # 12 bytes for each of 32,768 tokens, 64 block ids for each of 16,384 blocks, ...
+_BYTES = 8 << 20  # 12 bytes for each of 32,768 tokens, 12 for each of 600,000 new blocks
 _ALIGNMENT = 16
 
 
@@ -33,18 +35,17 @@ class Staging:
         if free is not None:
             free.synchronize()
 
-    def to_device(self, host: Tensor) -> Tensor:
-        """A copy of `host` on the GPU, enqueued."""
-        pinned = self.host_tensor(host.shape, host.dtype)
-        pinned.copy_(host)
+    def to_device(self, values: npt.NDArray[np.int32]) -> Tensor:
+        """A copy of `values` on the GPU, enqueued."""
+        pinned = self.host_tensor(values.shape)
+        np.copyto(pinned.numpy(), values)
         return pinned.to(self._device, non_blocking=True)
 
-    def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialized pinned tensor, good until the arena's turn comes again."""
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    def host_tensor(self, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialized pinned int32 tensor, good until the arena's turn comes again."""
         start = self._used
-        end = start + num_bytes
+        end = start + 4 * torch.Size(shape).numel()
         if end > _BYTES:  # the block tables of very long prompts, all at once
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
+            return torch.empty(shape, dtype=torch.int32, pin_memory=True)
         self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
-        return self._arenas[self._current][start:end].view(dtype).view(shape)
+        return self._arenas[self._current][start:end].view(torch.int32).view(shape)

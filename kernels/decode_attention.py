@@ -397,7 +397,8 @@ def plan_decode_attention(
         num_seqs,
         split_budget(num_seqs, num_kv_heads, plan.num_sms),
         block_tables.stride(0),
-        BLOCK_SEQS=max(triton.next_power_of_2(num_seqs), 128),  # few sizes: few compilations
+        # Two sizes only: each is a kernel to compile.
+        BLOCK_SEQS=256 if num_seqs <= 256 else triton.next_power_of_2(plan.arrivals.shape[0]),
         BLOCK_ROWS=block_rows,
         BLOCK_SPLITS=16,
         BLOCK_SIZE=plan.block_size,

@@ -21,7 +21,7 @@ OUT_ROWS_BEFORE_TOKENS = 3
 _ROWS_PER_PROGRAM = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "block_table_stride"])
 def prepare_kernel(
     slots_ptr,
     last_token_ptr,
@@ -57,7 +57,7 @@ def prepare_kernel(
         tl.store(step_ptr, tl.load(step_ptr) + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "out_stride"])
 def advance_kernel(
     slots_ptr,
     sampled_ptr,

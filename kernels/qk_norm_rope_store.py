@@ -15,6 +15,8 @@ from nanovllm_cli.kernels.rms_norm import rms_norm_reference
 from nanovllm_cli.kernels.rotary import rotary_reference
 from nanovllm_cli.kernels.triton_import import runs_on_triton, tl, triton
 
+LARGE_BATCH = 512  # tokens from which on larger programs are quicker
+
 
 def qk_norm_rope_store_reference(
     qkv: Tensor,
@@ -183,4 +185,4 @@ def qk_norm_rope_store(
 
 def _heads_and_warps(num_tokens: int) -> tuple[int, int]:
     """(heads a program, warps): small programs fill the device when tokens are few."""
-    return (4, 1) if num_tokens < 512 else (8, 2)
+    return (4, 1) if num_tokens < LARGE_BATCH else (8, 2)
