@@ -1,10 +1,10 @@
 """A batch of Parquet rows -> rows of JSON's types.
 
 What JSON has no type for becomes text: a timestamp, a date, a time and a duration as ISO 8601
-writes them, to the nanosecond where they have any; a decimal with all its digits. A map becomes a
-list of [key, value]. Binary alone stays bytes: no prompt is made of it, and results.py writes it
-as base64. Python's own types for times hold neither nanoseconds nor years beyond 9999, so times
-are read as integers.
+writes them, to the nanosecond where they have any; a decimal with all its digits; a UUID. A map
+becomes a list of [key, value]. Binary alone stays bytes: no prompt is made of it, and results.py
+writes it as base64. Python's own types for times hold neither nanoseconds nor years beyond 9999,
+so times are read as integers.
 """
 
 from collections.abc import Callable
@@ -59,6 +59,8 @@ def _json_form(kind: Any) -> tuple[Any, _Convert | None]:
         return pa.int64(), partial(_duration, digits=_DIGITS[kind.unit])
     if types.is_decimal(kind):
         return kind, "{:f}".format
+    if isinstance(kind, pa.UuidType):
+        return kind, str
     if types.is_struct(kind):
         fields = [(field.name, *_json_form(field.type)) for field in kind]
         converts = {name: convert for name, _, convert in fields if convert is not None}

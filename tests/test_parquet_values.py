@@ -1,6 +1,7 @@
 """parquet_values.py: every type of Parquet travels through; what JSON has not becomes text."""
 
 import decimal
+import random
 import uuid
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanovllm_cli.inputs import find_inputs
+from nanovllm_cli.parquet_values import rows_of
 from nanovllm_cli.prompt_options import PromptOptions
 from nanovllm_cli.prompts import Prompt, to_prompt
 from nanovllm_cli.results import Sample, result_line
@@ -74,7 +76,7 @@ def nanoseconds(*values: int | None, zone: str | None = None) -> pa.Array:
         (nanoseconds(TIME + 1).dictionary_encode(), ["2024-02-29T23:59:59.000000001"]),
         (pa.array([2**64 - 1], pa.uint64()), [2**64 - 1]),
         (pa.array([float("nan"), float("-inf"), 0.5]), [None, None, 0.5]),
-        (pa.array([uuid.UUID(int=7).bytes], pa.binary(16)), ["AAAAAAAAAAAAAAAAAAAABw=="]),
+        (pa.array([uuid.UUID(int=7).bytes], pa.uuid()), ["00000000-0000-0000-0000-000000000007"]),
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
@@ -82,6 +84,24 @@ def test_a_value_that_json_has_no_type_for_becomes_text(
     array: pa.Array, expected: list[Any], tmp_path: Any
 ) -> None:
     assert written(array, tmp_path / "in.parquet") == expected
+
+
+@pytest.mark.parametrize("zone", [None, "UTC", "America/St_Johns"])
+def test_times_that_python_can_hold_are_written_as_orjson_writes_them(zone: str | None) -> None:
+    rng = random.Random(0)
+    days = [rng.randrange(-719_162, 2_932_896) for _ in range(300)]
+    seconds = [rng.randrange(-(10**9), 10**10) for _ in days]  # since zones are whole minutes
+    micros = [second * 10**6 + rng.choice((0, 1, 999_999, 500_000)) for second in seconds]
+    batch = pa.record_batch(
+        {
+            "date": pa.array(days, pa.date32()),
+            "s": pa.array(seconds, pa.timestamp("s", zone)),
+            "us": pa.array(micros, pa.timestamp("us", zone)),
+            "time": pa.array([micro % (86_400 * 10**6) for micro in micros], pa.time64("us")),
+        }
+    )
+    expected = [orjson.loads(orjson.dumps(row)) for row in batch.to_pylist()]
+    assert rows_of(batch) == expected
 
 
 TEXT = "1970-01-01T00:00:00.000000001"
@@ -133,3 +153,13 @@ def test_a_binary_prompt_is_no_text(tmp_path: Any) -> None:
     refused = to_prompt(row, PromptOptions())
     assert not isinstance(refused, Prompt)
     assert refused.code == "bad_prompt"
+
+
+def test_a_uuid_can_be_the_id_of_a_row(tmp_path: Any) -> None:
+    ids = pa.array([uuid.UUID(int=7).bytes], pa.uuid())
+    pq.write_table(pa.table({"id": ids, "prompt": ["x"]}), tmp_path / "in.parquet")
+    (row,) = read_rows(find_inputs([str(tmp_path / "in.parquet")]))
+    assert isinstance(row, Row)
+    prompt = to_prompt(row, PromptOptions())
+    assert isinstance(prompt, Prompt)
+    assert prompt.id == str(uuid.UUID(int=7))
