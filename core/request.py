@@ -11,7 +11,9 @@ from nanovllm_cli.core.sampling_params import SamplingParams
 
 TokenIds = npt.NDArray[np.int32]
 FinishReason = Literal["stop", "length"]
-FailureCode = Literal["prompt_too_long", "bad_token_ids", "bad_parameters", "nan_logits"]
+FailureCode = Literal[
+    "prompt_too_long", "bad_token_ids", "bad_parameters", "nan_logits", "engine_died"
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,10 +42,14 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewTokens:
-    """Tokens just generated for an unfinished request with `reports_tokens`."""
+    """Tokens just generated for an unfinished request with `reports_tokens`.
+
+    With `starts_anew` those reported before are void: the engine was restarted.
+    """
 
     request_id: int
     token_ids: TokenIds
+    starts_anew: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
