@@ -1,0 +1,160 @@
+"""EngineChild: one engine process from its start to its end, which is seen whatever brings it.
+
+The process is spawned, never forked, leads a session of its own, and shares a socket and a page of
+memory with its parent, both without a name. The thread that starts it must outlive it.
+"""
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence as Seq
+from contextlib import suppress
+from typing import Any
+
+from nanovllm_cli.core.channel import Channel, Message
+from nanovllm_cli.core.errors import EngineDied, MemoryTooSmall, ModelError, UserError
+from nanovllm_cli.core.heartbeat import NUM_BYTES, HeartbeatMonitor
+from nanovllm_cli.core.messages import Kind, decode_json, encode_json
+
+# -P: what lies in the working directory is not imported.
+COMMAND = (sys.executable, "-P", "-m", "nanovllm_cli.core.engine_worker")
+_GOODBYE_SECONDS = 5.0
+_KILL_SECONDS = 10.0
+_END_SECONDS = 0.5  # from the end of its connection to its own
+_POLL_SECONDS = 0.002
+_HINT = "The system's log (dmesg) may say why. The same command may be tried again."
+
+
+class EngineChild:
+    """A running engine process; `death` is what ended it, once something has."""
+
+    def __init__(
+        self, start: dict[str, Any], *, command: Seq[str] = COMMAND, hang_seconds: float
+    ) -> None:
+        ours, theirs = (_above_the_streams(end) for end in socket.socketpair())
+        heartbeat = os.memfd_create("heartbeat")
+        try:
+            os.ftruncate(heartbeat, NUM_BYTES)
+            self._monitor = HeartbeatMonitor(heartbeat)
+            heartbeat_fd = fcntl.fcntl(heartbeat, fcntl.F_DUPFD_CLOEXEC, 3)
+        finally:
+            os.close(heartbeat)
+        fds = (theirs.fileno(), heartbeat_fd)
+        stderr = sys.__stderr__.fileno() if sys.__stderr__ is not None else subprocess.DEVNULL
+        try:
+            self._process = subprocess.Popen(
+                [*command, *map(str, fds), str(os.getpid())],
+                pass_fds=fds,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,  # what a library prints must not get among the job's data
+                stderr=stderr,
+                start_new_session=True,
+                # It finds the modules that this process finds.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(heartbeat_fd)
+        self._hang_seconds = hang_seconds
+        self._channel = Channel(ours)
+        self._error: UserError | None = None  # that the process says it ends with
+        self.death: UserError | None = None
+        self.send(Kind.START, encode_json(start))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, kind: Kind, payload: bytes) -> None:
+        """Send a message; what the process does not take at once goes with `exchange`."""
+        self._channel.send(kind, payload)
+        self._channel.flush()
+
+    def exchange(self, seconds: float) -> list[Message]:
+        """Send and receive what there is, waiting so long for it; sees the process's end.
+
+        What the process wrote before its end is still returned.
+        """
+        self._channel.wait(seconds)
+        has_ended = self._has_ended()
+        messages = self._channel.receive()
+        for kind, payload in messages:
+            if kind == Kind.ERROR:
+                self._error = _as_exception(decode_json(payload))
+        if has_ended or self._channel.is_closed:
+            self._wait_for_end(_END_SECONDS)
+            self.kill()
+            self.death = self._error or self._end_as_exception()
+        elif self._monitor.silent_seconds() > self._hang_seconds:
+            self.kill()
+            message = f"the engine gave no sign of life for {self._hang_seconds:g} s"
+            self.death = EngineDied(message, _HINT)
+        return messages
+
+    def close(self) -> None:
+        """End the process: politely first, which an engine with nothing to do heeds at once."""
+        self._channel.close()
+        self._wait_for_end(_GOODBYE_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the process and all that it has started, now; its memory is free afterwards."""
+        self._channel.close()
+        if self._process.returncode is not None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        try:
+            self._process.wait(_KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise EngineDied(
+                f"the engine's process {self._process.pid} cannot be killed",
+                "It hangs in the kernel, as with a broken GPU or file system: see dmesg.",
+            ) from None
+
+    def _has_ended(self) -> bool:
+        """Without reaping it: until `kill` its number, and so its group's, stays its own."""
+        if self._process.returncode is not None:
+            return True
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        try:
+            return os.waitid(os.P_PID, self._process.pid, options) is not None
+        except ChildProcessError:  # reaped already: SIGCHLD is ignored here
+            return True
+
+    def _wait_for_end(self, seconds: float) -> None:
+        give_up = time.monotonic() + seconds
+        while not self._has_ended() and time.monotonic() < give_up:
+            time.sleep(_POLL_SECONDS)
+
+    def _end_as_exception(self) -> EngineDied:
+        code = self._process.returncode
+        how = f"ended with exit code {code}"
+        if code < 0:
+            how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
+        return EngineDied(f"the engine {how}", _HINT)
+
+
+def _above_the_streams(end: socket.socket) -> socket.socket:
+    """The same socket under a number that is no standard stream's: one of those may be closed."""
+    with end:
+        return socket.socket(fileno=fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3))
+
+
+def _as_exception(error: dict[str, Any]) -> UserError:
+    """The user's mistakes as what they were there; the traceback is a note, for --debug."""
+    kinds = {kind.__name__: kind for kind in (UserError, ModelError, MemoryTooSmall)}
+    exception: UserError
+    if error["type"] in kinds:
+        exception = kinds[error["type"]](error["message"], error["hint"])
+    else:
+        exception = EngineDied(f"the engine failed: {error['type']}: {error['message']}", _HINT)
+    exception.add_note(error["traceback"])
+    return exception

@@ -1,0 +1,247 @@
+"""EngineProcess: an Engine in a process of its own, which outlives that process's deaths.
+
+It has Engine's surface. The process loads, and works, while this one does something else. When it
+dies or hangs it is started once more, and the requests in flight are queued again in their order: a
+request draws by its seed and position alone, so it draws again what it drew before. One request may
+be what kills it, and nobody knows which. So requests that were in flight at a death go back a few
+at a time, and those in flight at a second one fail; when even that gives no completion, it is over.
+"""
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanovllm_cli.core.config import EngineConfig, ModelConfig
+from nanovllm_cli.core.engine_child import COMMAND, EngineChild
+from nanovllm_cli.core.engine_worker import start_message
+from nanovllm_cli.core.errors import EngineDied
+from nanovllm_cli.core.messages import (
+    Kind,
+    decode_json,
+    decode_outputs,
+    encode_aborts,
+    encode_requests,
+    to_token_ids,
+)
+from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output, Request
+from nanovllm_cli.core.stats import EngineStats
+
+HANG_SECONDS = 25.0  # no launch takes so long; a hang is over within 30 s
+_STEP_SECONDS = 0.02  # the caller may have more requests by then
+_MESSAGE_TOKEN_IDS = 1 << 16  # a message ends with the request that reaches so many
+_MAX_DEATHS = 2  # of the engine for one request, after which the request fails
+_MAX_DEATHS_IN_A_ROW = 3  # without a completion between
+_MAX_SUSPECTS = 64  # in the engine at once: as many fail where one of them kills it
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A request that is not finished."""
+
+    request: Request
+    is_sent: bool = False  # to the engine there is now
+    num_deaths: int = 0  # of the engine while it had the request
+    has_reported: bool = False
+
+
+class EngineProcess:
+    """The engine of a checkpoint, or of random weights in `source`'s sizes, in its own process.
+
+    The constructor starts the process and does not wait for it; what only the loaded engine knows
+    waits. Every call may raise what loading the checkpoint raises, and EngineDied. A request id may
+    be used again once its Completion or Failure has come, but not after an abort.
+    """
+
+    def __init__(
+        self,
+        source: Path | ModelConfig,
+        config: EngineConfig,
+        *,
+        command: Seq[str] = COMMAND,
+        hang_seconds: float = HANG_SECONDS,
+    ) -> None:
+        self._start_message = start_message(source, config)
+        self._command = command
+        self._hang_seconds = hang_seconds
+        self._in_flight: dict[int, _InFlight] = {}  # in order of arrival
+        self._unsent: deque[int] = deque()  # of those, the ones that the engine has yet to get
+        self._suspects: set[int] = set()  # of those it has, the ones that it has died with
+        self._num_deaths_in_a_row = 0
+        self.num_restarts = 0
+        self.stats = EngineStats()  # work done again after a restart counts again
+        self._start()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether some request is not finished."""
+        return bool(self._in_flight)
+
+    @property
+    def device(self) -> str:
+        device: str = self._facts()["device"]
+        return device
+
+    @property
+    def num_blocks(self) -> int:
+        num_blocks: int = self._facts()["num_blocks"]
+        return num_blocks
+
+    @property
+    def max_model_len(self) -> int:
+        max_model_len: int = self._facts()["max_model_len"]
+        return max_model_len
+
+    @property
+    def pid(self) -> int:
+        """The engine process's."""
+        return self._child.pid
+
+    def wait_until_ready(self) -> None:
+        """Until the engine is loaded; requests may be added before."""
+        self._facts()
+
+    def add(self, request: Request) -> Failure | None:
+        """Queue a request; one that can never run comes back as its Failure, now or from `step`."""
+        request_id = request.request_id
+        assert request_id not in self._in_flight, f"request {request_id} runs already"
+        try:
+            to_token_ids(request.sampling.stop_token_ids)
+            token_ids = to_token_ids(request.prompt_token_ids)
+        except OverflowError:
+            message = "a token id is outside every vocabulary"
+            return Failure(request_id=request_id, code="bad_token_ids", message=message)
+        self._in_flight[request_id] = _InFlight(replace(request, prompt_token_ids=token_ids))
+        self._unsent.append(request_id)
+        return None
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request; it gives no further output."""
+        entry = self._in_flight.get(request_id)
+        if entry is None:
+            return
+        self._forget(request_id)
+        if entry.is_sent:
+            self._child.send(Kind.ABORTS, encode_aborts([request_id]))
+
+    def step(self) -> list[Output]:
+        """What has come from the engine; waits for it a moment, where something is to come."""
+        if self._child.death is not None:
+            return self._recover(self._child.death)
+        self._send_requests()
+        return self._exchange(_STEP_SECONDS if self._in_flight else 0.0)
+
+    def close(self) -> None:
+        """End the process. With requests in flight, or still loading, it holds nothing to save."""
+        if self._in_flight or self._known is None:
+            self._child.kill()
+        else:
+            self._child.close()
+
+    def _start(self) -> None:
+        self._known: dict[str, Any] | None = None  # what the engine said when it was ready
+        self._stats_before = self.stats.copy()
+        self._child = EngineChild(
+            self._start_message, command=self._command, hang_seconds=self._hang_seconds
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        while self._known is None:
+            if self._child.death is not None:
+                raise self._child.death
+            self._exchange(_STEP_SECONDS)
+        return self._known
+
+    def _send_requests(self) -> None:
+        """Hand over what the engine may have, in order of arrival."""
+        if self._known is None:
+            return
+        requests: list[Request] = []
+        num_token_ids = 0
+        while self._unsent:
+            entry = self._in_flight.get(self._unsent[0])
+            if entry is None:
+                self._unsent.popleft()  # aborted
+                continue
+            if entry.num_deaths:
+                if len(self._suspects) == _MAX_SUSPECTS:
+                    break
+                self._suspects.add(self._unsent[0])
+            self._unsent.popleft()
+            entry.is_sent = True
+            requests.append(entry.request)
+            num_token_ids += len(entry.request.prompt_token_ids)
+            if num_token_ids >= _MESSAGE_TOKEN_IDS:
+                self._child.send(Kind.REQUESTS, encode_requests(requests))
+                requests, num_token_ids = [], 0
+        if requests:
+            self._child.send(Kind.REQUESTS, encode_requests(requests))
+
+    def _exchange(self, seconds: float) -> list[Output]:
+        outputs: list[Output] = []
+        for kind, payload in self._child.exchange(seconds):
+            if kind == Kind.READY:
+                self._known = decode_json(payload)
+            elif kind == Kind.OUTPUTS:
+                came, stats = decode_outputs(payload)
+                self._set_stats(stats)
+                outputs += [output for output in came if self._take(output)]
+        return outputs
+
+    def _take(self, output: Output) -> bool:
+        """Whether the output is of interest; what was on its way before an abort is not."""
+        entry = self._in_flight.get(output.request_id)
+        if entry is None:
+            return False
+        if isinstance(output, NewTokens):
+            entry.has_reported = True
+            return True
+        self._forget(output.request_id)
+        if isinstance(output, Completion):
+            self._num_deaths_in_a_row = 0
+        return True
+
+    def _forget(self, request_id: int) -> None:
+        del self._in_flight[request_id]
+        self._suspects.discard(request_id)
+
+    def _set_stats(self, stats: EngineStats) -> None:
+        """In place: whoever shows the progress holds them."""
+        for field, before, since in zip(
+            fields(stats), astuple(self._stats_before), astuple(stats), strict=True
+        ):
+            setattr(self.stats, field.name, before + since)
+
+    def _recover(self, death: Exception) -> list[Output]:
+        """Start the engine once more; what comes of those in flight, or raises where it is over."""
+        self._num_deaths_in_a_row += 1
+        if self._known is None or not isinstance(death, EngineDied):
+            raise death  # it would not load another time either
+        if self._num_deaths_in_a_row == _MAX_DEATHS_IN_A_ROW:
+            raise EngineDied(
+                f"{death.message}; that makes {_MAX_DEATHS_IN_A_ROW} deaths without a completion "
+                "between",
+                death.hint,
+            ) from death
+        outputs: list[Output] = []
+        for request_id, entry in list(self._in_flight.items()):
+            if not entry.is_sent:
+                continue
+            entry.is_sent = False
+            entry.num_deaths += 1
+            if entry.num_deaths == _MAX_DEATHS:
+                del self._in_flight[request_id]
+                message = f"in the engine at {_MAX_DEATHS} of its deaths; then {death.message}"
+                outputs.append(Failure(request_id=request_id, code="engine_died", message=message))
+            elif entry.has_reported:
+                entry.has_reported = False
+                none = np.empty(0, dtype=np.int32)
+                outputs.append(NewTokens(request_id=request_id, token_ids=none, starts_anew=True))
+        self._unsent = deque(self._in_flight)
+        self._suspects.clear()
+        self.num_restarts += 1
+        self._start()
+        return outputs
