@@ -19,7 +19,7 @@ from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.resolved_config import ResolvedConfig, resolve
 
-from .bench_compare import check_comparable, comparison, read_record
+from .bench_compare import OldRecord
 from .bench_options import BenchOptions
 from .bench_record import bound_record, identity, phases_record, settings_record, speed_record
 from .bench_table import say_record
@@ -41,7 +41,7 @@ def bench(options: BenchOptions) -> ExitCode:
     start = time.perf_counter()
     if sys.stdout is None:
         raise CommandError("standard output is closed", exit_code=ExitCode.PIPE_CLOSED)
-    old = read_record(options.compare) if options.compare is not None else None
+    old = OldRecord.read(options.compare) if options.compare is not None else None
     if options.profile is not None:
         with io_errors(options.profile):
             options.profile.mkdir(parents=True, exist_ok=True)
@@ -57,8 +57,8 @@ def bench(options: BenchOptions) -> ExitCode:
         )
     check_fits(workload, settings.max_model_len)
     record = identity(options, workload, settings, device_name(settings.device))
-    if old is not None and options.compare is not None:
-        check_comparable(old, record, options.compare)
+    if old is not None:
+        old.check(record)
 
     num_threads = torch.get_num_threads()
     counters = gpu_counters(settings.device)
@@ -88,13 +88,14 @@ def bench(options: BenchOptions) -> ExitCode:
         "profile": measurement.profile,
         "runs": [asdict(timed) for timed in measurement.passes],
     }
-    if old is not None and options.compare is not None:
-        record["comparison"] = comparison(old, record, options.compare, options.fail_if_slower)
+    is_too_slow = False
+    if old is not None:
+        record["comparison"] = old.compare(record, options.fail_if_slower)
+        is_too_slow = record["comparison"]["is_too_slow"]
     with io_errors("standard output"):
         sys.stdout.buffer.write(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
         sys.stdout.flush()
     say_record(record)
-    is_too_slow = record["comparison"] is not None and record["comparison"]["is_too_slow"]
     return ExitCode.TOO_SLOW if is_too_slow else ExitCode.OK
 
 
