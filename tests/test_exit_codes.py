@@ -378,6 +378,16 @@ def test_failed_rows_may_be_allowed(tmp_path: Path) -> None:
     assert generate(rows, *dry, "--allow-errors").code == 0
 
 
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_a_row_nested_too_deep_fails_alone(name: str, tmp_path: Path) -> None:
+    deep = b'{"id": 1, "prompt": "a", "x": %s0%s}\n' % (b"[" * 300, b"]" * 300)
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "a"}\n%s{"prompt": "b"}\n' % deep)
+    ended = generate(tmp_path / "in.jsonl", "-o", tmp_path / name, "--max-tokens", "1", "-q")
+    assert ended.code == 3, ended
+    (error,) = read_rows(tmp_path / f"{name}.errors.jsonl")
+    assert (error["id"], error["error"]["code"]) == (1, "too_deep")
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
