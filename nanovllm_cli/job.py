@@ -213,7 +213,8 @@ class Job:
 
     @property
     def _has_too_many_errors(self) -> bool:
-        most, num_rows = self._options.max_error_rate, self._totals.num_rows
+        # Bad rows fail at once, good ones take their time: those that run count as good.
+        most, num_rows = self._options.max_error_rate, self._totals.num_rows + len(self._running)
         if most is None or num_rows < _ROWS_BEFORE_A_RATE:
             return False
         return self._totals.num_failed_rows > most * num_rows

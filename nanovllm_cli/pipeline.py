@@ -114,8 +114,8 @@ def _run(
             feeder.close()
     if not is_done:
         raise CommandError(
-            f"{totals.num_failed_rows} of the first {totals.num_rows} rows failed, more than "
-            f"--max-error-rate {options.max_error_rate}: "
+            f"{totals.num_failed_rows} rows failed, a larger share than --max-error-rate "
+            f"{options.max_error_rate} of those taken: "
             + ", ".join(f"{count} {code}" for code, count in totals.errors.most_common(3)),
             "Rows that are done are kept. Mend the rows and add --retry-failed, or raise the rate.",
             exit_code=ExitCode.SOME_ROWS_FAILED,
