@@ -18,7 +18,7 @@ import numpy as np
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.engine_child import COMMAND, EngineChild
 from nanovllm_cli.core.engine_worker import start_message
-from nanovllm_cli.core.errors import EngineDied
+from nanovllm_cli.core.errors import EngineDied, UserError
 from nanovllm_cli.core.messages import (
     Kind,
     decode_json,
@@ -84,6 +84,11 @@ class EngineProcess:
     def device(self) -> str:
         device: str = self._facts()["device"]
         return device
+
+    @property
+    def attention_backend(self) -> str:
+        attention_backend: str = self._facts()["attention_backend"]
+        return attention_backend
 
     @property
     def num_blocks(self) -> int:
@@ -215,10 +220,10 @@ class EngineProcess:
         ):
             setattr(self.stats, field.name, before + since)
 
-    def _recover(self, death: Exception) -> list[Output]:
+    def _recover(self, death: UserError) -> list[Output]:
         """Start the engine once more; what comes of those in flight, or raises where it is over."""
         self._num_deaths_in_a_row += 1
-        if self._known is None or not isinstance(death, EngineDied):
+        if self._known is None:
             raise death  # it would not load another time either
         if self._num_deaths_in_a_row == _MAX_DEATHS_IN_A_ROW:
             raise EngineDied(

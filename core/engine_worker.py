@@ -40,6 +40,7 @@ _LAST_WORDS_SECONDS = 2.0
 class AnyEngine(Protocol):
     """What the loop asks of an Engine; the tests of the process have simpler ones."""
 
+    attention_backend: str
     num_blocks: int
     max_model_len: int
 
@@ -102,6 +103,7 @@ def main(make_engine: MakeEngine = make_engine) -> NoReturn:
         heartbeat.processor_time_counts = engine.device == "cpu"
         ready = {
             "device": engine.device,
+            "attention_backend": engine.attention_backend,
             "num_blocks": engine.num_blocks,
             "max_model_len": engine.max_model_len,
         }

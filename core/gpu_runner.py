@@ -281,14 +281,20 @@ class GpuRunner:
 
     def _compile_kernels(self) -> None:
         """Run every kernel once, on the idle slot."""
-        weight, backend = self._model.embed_tokens.weight, self._attention_backend
+        weight = self._model.embed_tokens.weight
         logits = torch.zeros(1, len(weight), dtype=weight.dtype, device=self._device)
         run_side_by_side(
             [
                 lambda: self._sample(logits, self._slots[:1]),
                 lambda: self._prepare(1),
                 lambda: self._prepare(len(self._slots)),
-                *layer_kernels(self._model, self._kv_caches[0], self._plan, backend),
+                *layer_kernels(
+                    self._model,
+                    self._kv_caches[0],
+                    self._table.block_table,
+                    self._plan,
+                    self._attention_backend,
+                ),
             ]
         )
         torch.cuda.synchronize(self._device)

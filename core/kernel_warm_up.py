@@ -20,9 +20,16 @@ from nanovllm_cli.kernels.swiglu import swiglu
 
 
 def layer_kernels(
-    model: Qwen3, kv_cache: KVCache, plan: DecodePlan, backend: AttentionBackend
+    model: Qwen3,
+    kv_cache: KVCache,
+    block_tables: Tensor,
+    plan: DecodePlan,
+    backend: AttentionBackend,
 ) -> list[Callable[[], object]]:
-    """Calls that run each kernel of a layer once, over zeros; pages get zeros in their block 0."""
+    """Calls that run each kernel of a layer once, over zeros; pages get zeros in their block 0.
+
+    block_tables: int32 [num_slots, max_blocks], of the scratch block.
+    """
     sizes, weight = model.config, model.embed_tokens.weight
     layer = cast(DecoderLayer, model.layers[0])
     k, v = kv_cache.k, kv_cache.v
@@ -65,8 +72,9 @@ def layer_kernels(
         backend.prefill(zeros(1, sizes.num_attention_heads, sizes.head_dim), k, v, sequences)
 
     def decode() -> None:
-        q = zeros(1, sizes.num_attention_heads, sizes.head_dim)
-        decode_attention(q, k, v, ints(1, 1), plan)
+        # As many rows as the plan may have just been made for.
+        q = zeros(len(plan.arrivals), sizes.num_attention_heads, sizes.head_dim)
+        decode_attention(q, k, v, block_tables, plan)
 
     return [
         prefill,
