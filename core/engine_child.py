@@ -18,10 +18,11 @@ from typing import Any
 from nanovllm_cli.core.channel import Channel, Message
 from nanovllm_cli.core.errors import EngineDied, GpuFailed, MemoryTooSmall, ModelError, UserError
 from nanovllm_cli.core.heartbeat import NUM_BYTES, HeartbeatMonitor
-from nanovllm_cli.core.messages import Kind, decode_json, encode_json
+from nanovllm_cli.core.messages import Kind, decode_json
 
 # -P: what lies in the working directory is not imported.
 COMMAND = (sys.executable, "-P", "-m", "nanovllm_cli.core.engine_worker")
+HANG_SECONDS = 25.0  # no launch takes so long; a hang is over within 30 s
 _GOODBYE_SECONDS = 5.0
 _KILL_SECONDS = 10.0
 _END_SECONDS = 0.5  # from the end of its connection to its own
@@ -30,11 +31,12 @@ _HINT = "The system's log (dmesg) may say why. The same command may be tried aga
 
 
 class EngineChild:
-    """A running engine process; `death` is what ended it, once something has."""
+    """An engine process, which imports torch and waits for START.
 
-    def __init__(
-        self, start: dict[str, Any], *, command: Seq[str] = COMMAND, hang_seconds: float
-    ) -> None:
+    `death` is what ended it, once something has.
+    """
+
+    def __init__(self, *, command: Seq[str] = COMMAND, hang_seconds: float = HANG_SECONDS) -> None:
         ours, theirs = (_above_the_streams(end) for end in socket.socketpair())
         heartbeat = os.memfd_create("heartbeat")
         try:
@@ -66,7 +68,6 @@ class EngineChild:
         self._channel = Channel(ours)
         self._error: UserError | None = None  # that the process says it ends with
         self.death: UserError | None = None
-        self.send(Kind.START, encode_json(start))
 
     @property
     def pid(self) -> int:

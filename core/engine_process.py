@@ -8,7 +8,7 @@ at a time, and those in flight at a second one fail; when even that gives no com
 """
 
 from collections import deque
-from collections.abc import Sequence as Seq
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
-from nanovllm_cli.core.engine_child import COMMAND, EngineChild
+from nanovllm_cli.core.engine_child import EngineChild
 from nanovllm_cli.core.engine_worker import start_message
 from nanovllm_cli.core.errors import EngineDied, UserError
 from nanovllm_cli.core.messages import (
@@ -24,13 +24,13 @@ from nanovllm_cli.core.messages import (
     decode_json,
     decode_outputs,
     encode_aborts,
+    encode_json,
     encode_requests,
     to_token_ids,
 )
 from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output, Request
 from nanovllm_cli.core.stats import EngineStats
 
-HANG_SECONDS = 25.0  # no launch takes so long; a hang is over within 30 s
 _STEP_SECONDS = 0.02  # the caller may have more requests by then
 _MESSAGE_TOKEN_IDS = 1 << 16  # a message ends with the request that reaches so many
 _MAX_DEATHS = 2  # of the engine for one request, after which the request fails
@@ -51,9 +51,10 @@ class _InFlight:
 class EngineProcess:
     """The engine of a checkpoint, or of random weights in `source`'s sizes, in its own process.
 
-    The constructor starts the process and does not wait for it; what only the loaded engine knows
-    waits. Every call may raise what loading the checkpoint raises, and EngineDied. A request id may
-    be used again once its Completion or Failure has come, but not after an abort.
+    The constructor has the process load, in `child` where one was started ahead, and does not wait;
+    what only the loaded engine knows waits. Every call may raise what loading a checkpoint raises,
+    and EngineDied. A request id may be used again once its Completion or Failure has come, but not
+    after an abort. The process ends with the thread that starts it.
     """
 
     def __init__(
@@ -61,19 +62,18 @@ class EngineProcess:
         source: Path | ModelConfig,
         config: EngineConfig,
         *,
-        command: Seq[str] = COMMAND,
-        hang_seconds: float = HANG_SECONDS,
+        child: EngineChild | None = None,
+        spawn: Callable[[], EngineChild] = EngineChild,
     ) -> None:
-        self._start_message = start_message(source, config)
-        self._command = command
-        self._hang_seconds = hang_seconds
+        self._start_message = encode_json(start_message(source, config))
+        self._spawn = spawn
         self._in_flight: dict[int, _InFlight] = {}  # in order of arrival
         self._unsent: deque[int] = deque()  # of those, the ones that the engine has yet to get
         self._suspects: set[int] = set()  # of those it has, the ones that it has died with
         self._num_deaths_in_a_row = 0
         self.num_restarts = 0
         self.stats = EngineStats()  # work done again after a restart counts again
-        self._start()
+        self._start(child or spawn())
 
     @property
     def has_work(self) -> bool:
@@ -146,12 +146,11 @@ class EngineProcess:
         else:
             self._child.close()
 
-    def _start(self) -> None:
+    def _start(self, child: EngineChild) -> None:
         self._known: dict[str, Any] | None = None  # what the engine said when it was ready
         self._stats_before = self.stats.copy()
-        self._child = EngineChild(
-            self._start_message, command=self._command, hang_seconds=self._hang_seconds
-        )
+        self._child = child
+        child.send(Kind.START, self._start_message)
 
     def _facts(self) -> dict[str, Any]:
         while self._known is None:
@@ -248,5 +247,5 @@ class EngineProcess:
         self._unsent = deque(self._in_flight)
         self._suspects.clear()
         self.num_restarts += 1
-        self._start()
+        self._start(self._spawn())
         return outputs

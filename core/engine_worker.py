@@ -70,24 +70,27 @@ def start_message(source: Path | ModelConfig, config: EngineConfig) -> dict[str,
     return {"engine": asdict(config), "checkpoint": os.fspath(source.absolute())}
 
 
-def make_engine(message: dict[str, Any]) -> AnyEngine:
-    """The engine that `start_message` described, loaded."""
-    # Late: torch takes seconds to import, and this process must know its parent's end before.
+def import_engine() -> MakeEngine:
+    """What makes the engine that `start_message` describes, once torch is imported."""
+    # Late: it takes seconds, and this process must know its parent's end before.
     from nanovllm_cli.core.engine import Engine, build_model
     from nanovllm_cli.core.loader import load_random_weights
 
-    config = EngineConfig(**message["engine"])
-    if "checkpoint" in message:
-        return Engine.from_checkpoint(Path(message["checkpoint"]), config)
-    sizes = message["sizes"]
-    sizes["rope"] = RopeConfig(**sizes["rope"])
-    sizes["eos_token_ids"] = tuple(sizes["eos_token_ids"])
-    model = build_model(ModelConfig(**sizes), config)
-    load_random_weights(model)
-    return Engine(model, config)
+    def make_engine(message: dict[str, Any]) -> Engine:
+        config = EngineConfig(**message["engine"])
+        if "checkpoint" in message:
+            return Engine.from_checkpoint(Path(message["checkpoint"]), config)
+        sizes = message["sizes"]
+        sizes["rope"] = RopeConfig(**sizes["rope"])
+        sizes["eos_token_ids"] = tuple(sizes["eos_token_ids"])
+        model = build_model(ModelConfig(**sizes), config)
+        load_random_weights(model)
+        return Engine(model, config)
+
+    return make_engine
 
 
-def main(make_engine: MakeEngine = make_engine) -> NoReturn:
+def main(prepare: Callable[[], MakeEngine] = import_engine) -> NoReturn:
     """Serve until the parent is gone or closes the connection."""
     socket_fd, heartbeat_fd, parent_pid = map(int, sys.argv[1:])
     _die_with(parent_pid)
@@ -99,6 +102,7 @@ def main(make_engine: MakeEngine = make_engine) -> NoReturn:
     exit_code = 0
     try:
         with heartbeat.excused():
+            make_engine = prepare()  # before it is asked for: the parent has imports of its own
             engine = make_engine(_receive_start(channel))
         heartbeat.processor_time_counts = engine.device == "cpu"
         ready = {

@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 
 from nanovllm_cli.core import engine_worker
-from nanovllm_cli.core.errors import MemoryTooSmall
+from nanovllm_cli.core.errors import GpuFailed, MemoryTooSmall
 from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output, Request
 from nanovllm_cli.core.stats import EngineStats
 
 
 def fail() -> None:
     raise RuntimeError("the device is lost")
+
+
+def fail_as_a_gpu() -> None:
+    raise GpuFailed("the GPU failed: CUDA error: unspecified launch failure")
 
 
 def hang() -> None:
@@ -44,6 +48,7 @@ FAULTS = {
     "SIGSEGV": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "exit 0": lambda: os._exit(0),
     "exception": fail,
+    "GpuFailed": fail_as_a_gpu,
     "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": hang,
     "spin": spin,
@@ -94,6 +99,7 @@ class FakeEngine:
     A request that reports its tokens does so once before it completes.
     """
 
+    attention_backend = "none"
     num_blocks = 7
     max_model_len = 1 << 20
 
@@ -159,10 +165,11 @@ def main() -> None:
         device = "cuda" if message["engine"]["device"] == "cuda" else "cpu"
         return WithFaults(FakeEngine(device), directory)
 
-    def make_real(message: dict[str, Any]) -> engine_worker.AnyEngine:
-        return WithFaults(engine_worker.make_engine(message), directory)
+    def import_real() -> engine_worker.MakeEngine:
+        make_engine = engine_worker.import_engine()
+        return lambda message: WithFaults(make_engine(message), directory)
 
-    engine_worker.main(make_fake if kind == "fake" else make_real)
+    engine_worker.main(import_real if kind == "real" else lambda: make_fake)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer
 
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.engine import Engine
+from nanovllm_cli.core.engine_child import EngineChild
 from nanovllm_cli.core.engine_process import EngineProcess
 from nanovllm_cli.core.errors import EngineDied, MemoryTooSmall, ModelError
 from nanovllm_cli.core.heartbeat import NUM_BYTES, Heartbeat, HeartbeatMonitor
@@ -51,7 +53,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         hang_seconds: float = HANG_SECONDS,
     ) -> EngineProcess:
         command = (sys.executable, str(WORKER), kind, str(directory))
-        engine = EngineProcess(MODEL, config, command=command, hang_seconds=hang_seconds)
+        spawn = partial(EngineChild, command=command, hang_seconds=hang_seconds)
+        engine = EngineProcess(MODEL, config, spawn=spawn)
         started.append(engine)
         return engine
 
@@ -160,10 +163,13 @@ def test_its_answers_are_those_of_an_engine_in_this_process(
     sample_requests: list[Request], in_process: tuple[dict[int, Output], Engine]
 ) -> None:
     expected, engine = in_process
-    process = EngineProcess(MODEL, CONFIG)  # as a job starts it
+    child = EngineChild()  # as a job starts it, before it knows its model
+    process = EngineProcess(MODEL, CONFIG, child=child)
+    assert process.pid == child.pid
     assert_same(finish(process, sample_requests), expected)
     assert process.num_restarts == 0
     assert process.device == engine.device
+    assert process.attention_backend == engine.attention_backend
     assert process.num_blocks == engine.num_blocks
     assert process.max_model_len == engine.max_model_len
     for name in ("num_prompt_tokens", "num_completion_tokens"):
@@ -236,7 +242,9 @@ def test_what_a_checkpoint_lacks_is_told_as_without_a_process(tmp_path: Path) ->
 # Deaths, seen in time
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSEGV", "exit 0", "exception", "SIGSTOP"])
+@pytest.mark.parametrize(
+    "name", ["SIGKILL", "SIGSEGV", "exit 0", "exception", "SIGSTOP", "GpuFailed"]
+)
 def test_rows_in_flight_at_an_end_of_the_process_are_answered_by_the_next_one(
     name: str, start: Start, tmp_path: Path
 ) -> None:
@@ -557,15 +565,18 @@ def test_restarts_leave_no_descriptors_behind(start: Start) -> None:
 
 
 PARENT = f"""
-import sys, time
+import sys
+from functools import partial
 from pathlib import Path
 from nanovllm_cli.core.config import EngineConfig
+from nanovllm_cli.core.engine_child import EngineChild
 from nanovllm_cli.core.engine_process import EngineProcess
 from nanovllm_cli.core.request import Request
 from nanovllm_cli.core.sampling_params import SamplingParams
 
 command = (sys.executable, {str(WORKER)!r}, sys.argv[1], sys.argv[2])
-engine = EngineProcess(Path({str(MODEL)!r}), EngineConfig(max_model_len=256), command=command)
+spawn = partial(EngineChild, command=command)
+engine = EngineProcess(Path({str(MODEL)!r}), EngineConfig(max_model_len=256), spawn=spawn)
 Path(sys.argv[2], "pid").write_text(f"{{engine.pid}} ")
 engine.wait_until_ready()
 sampling = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
