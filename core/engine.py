@@ -65,7 +65,8 @@ class Engine:
         """Load the checkpoint in the directory `path`."""
         model_config = ModelConfig.from_directory(path)
         model = build_model(model_config, config)
-        load_weights(model, path)
+        with gpu_errors(is_start=True):
+            load_weights(model, path)
         return cls(model, config)
 
     @property
