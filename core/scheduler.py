@@ -124,9 +124,13 @@ class Scheduler:
         return None
 
     def _unknown_token(self, token_ids: Seq[int] | TokenIds) -> int | None:
+        if not len(token_ids):
+            return None
         ids = np.asarray(token_ids)
-        unknown = ids[(ids < 0) | (ids >= self._vocab_size)]
-        return int(unknown[0]) if len(unknown) else None
+        for extreme in (ids.min(), ids.max()):
+            if not 0 <= extreme < self._vocab_size:
+                return int(extreme)
+        return None
 
     def abort(self, request_id: int) -> None:
         """Drop a request without a Completion; unknown and finished ones are no error."""

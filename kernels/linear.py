@@ -27,6 +27,10 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
         x = F.pad(x, (0, 0, 0, -num_rows % ROWS_PER_TILE))
     wide, transposed = x.float(), weight.float().t()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32, device=x.device)
-    for tile, out_tile in zip(wide.split(ROWS_PER_TILE), out.split(ROWS_PER_TILE), strict=True):
-        torch.mm(tile, transposed, out=out_tile)
+    for start in range(0, len(wide), ROWS_PER_TILE):
+        torch.mm(
+            wide.narrow(0, start, ROWS_PER_TILE),
+            transposed,
+            out=out.narrow(0, start, ROWS_PER_TILE),
+        )
     return out[:num_rows].to(x.dtype)

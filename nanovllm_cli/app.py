@@ -18,6 +18,7 @@ from . import flags
 from .bench_command import bench_command
 from .exit_code import ExitCode
 from .generate_command import generate_command
+from .merge_command import merge_command
 from .run_job import end_for_closed_pipe, exit_code_of, report, run_job
 from .settings import option
 
@@ -28,7 +29,10 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "default_map": {"help": False},  # or Typer imports pydantic to convert it: 0.1 s
+    },
 )
 
 
@@ -43,6 +47,7 @@ def root(
 
 
 app.command("generate")(generate_command)
+app.command("merge")(merge_command)
 app.command("bench")(bench_command)
 
 

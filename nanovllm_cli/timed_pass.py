@@ -1,4 +1,4 @@
-"""One pass of the engine over a workload, timed: all requests in, every token counted."""
+"""One pass of the engine over a workload, timed: its queue kept full, every token counted."""
 
 import time
 from collections.abc import Callable
@@ -10,11 +10,13 @@ import torch
 
 from nanovllm_cli.core.engine import Engine
 from nanovllm_cli.core.errors import UserError
-from nanovllm_cli.core.request import Completion, Request
+from nanovllm_cli.core.request import Completion, Request, TokenIds
 from nanovllm_cli.core.sampling_params import SamplingParams
 
 from .nvml import Nvml
 from .workloads import Workload
+
+_QUEUED = 512  # sequences that wait in the engine, as in a job whose rows are read ahead
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,16 +68,13 @@ def run_pass(
     joules = counters.joules() if counters is not None else None
     start = time.perf_counter()
     clock = _PhaseClock(engine)
-    for index, (prompt, num_tokens) in enumerate(workload):
-        sampling = SamplingParams(
-            temperature=temperature, max_tokens=num_tokens, ignore_eos=True, seed=index
-        )
-        request = Request(request_id=index, prompt_token_ids=prompt, sampling=sampling)
-        failure = engine.add(request)
-        if failure is not None:
-            raise UserError(f"sequence {index} of the workload cannot run: {failure.message}")
+    waiting = enumerate(workload)
     num_output_tokens = 0
-    while engine.has_work:
+    while True:
+        while engine.num_waiting < _QUEUED and (next_one := next(waiting, None)) is not None:
+            _add(engine, *next_one, temperature)
+        if not engine.has_work:
+            break
         before_step()
         for output in engine.step():
             assert isinstance(output, Completion), output
@@ -102,6 +101,16 @@ def run_pass(
         preemptions=stats.num_preemptions,
         joules=joules,
     )
+
+
+def _add(engine: Engine, index: int, sequence: tuple[TokenIds, int], temperature: float) -> None:
+    prompt, num_tokens = sequence
+    sampling = SamplingParams(
+        temperature=temperature, max_tokens=num_tokens, ignore_eos=True, seed=index
+    )
+    failure = engine.add(Request(request_id=index, prompt_token_ids=prompt, sampling=sampling))
+    if failure is not None:
+        raise UserError(f"sequence {index} of the workload cannot run: {failure.message}")
 
 
 class _PhaseClock:
