@@ -6,6 +6,7 @@ place: they check what they are given as its C++ does, and compute the answer in
 
 import importlib
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -26,6 +27,7 @@ from nanovllm_cli.core.attention_backend import (
 )
 from nanovllm_cli.core.batch import packed_positions
 from nanovllm_cli.core.errors import UserError
+from nanovllm_cli.doctor import doctor
 from nanovllm_cli.kernels.triton_import import HAS_TRITON
 
 HOPPER, AMPERE = (9, 0), (8, 0)
@@ -471,6 +473,39 @@ def test_a_function_without_pages_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     assert chosen() == "triton"
     with pytest.raises(UserError, match="varlen_attn has no block_table"):
         chosen("torch")
+
+
+def doctors_report(
+    monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes], capability: object
+) -> dict[str, Any]:
+    """What `nanovllm doctor --json` says on a machine with such a GPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA Stand-in")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("nanovllm_cli.core.resolved_config.HAS_TRITON", True)
+    doctor(as_json=True)
+    return json.loads(capsysbinary.readouterr().out)
+
+
+def test_doctor_says_which_backend_runs_and_why_the_others_do_not(
+    monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    install(monkeypatch, "flash-attn")
+    report = doctors_report(monkeypatch, capsysbinary, AMPERE)
+    assert report["runs_on"] == "cuda"
+    assert report["attention"] == "prefill triton, decode triton"
+    backends = report["attention_backends"]
+    assert list(backends) == ["flash-attn-3", "flash-attn", "torch", "triton"]
+    assert backends["flash-attn-3"] == "not used: it is not installed"
+    assert "--block-size 256" in backends["flash-attn"]
+    assert backends["triton"] == "triton"
+
+
+def test_doctor_says_why_a_gpu_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    report = doctors_report(monkeypatch, capsysbinary, (7, 5))
+    assert report["runs_on"].startswith("cpu, with --device cpu: NVIDIA Stand-in is sm_75")
 
 
 def test_packed_positions_count_from_each_sequences_start() -> None:
