@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import xxhash
 
 from nanovllm_cli import __version__
 
@@ -25,7 +26,8 @@ from .options import GenerateOptions
 from .output_paths import OutputPaths, beside
 from .prompts import Prompt
 from .results import error_line
-from .resume import check_finished, check_num_rows, checked_key, reopen
+from .resume import check_finished, check_num_rows, check_unchanged, reopen
+from .row_key import low_half, row_key
 from .rows import BadRow, Row, read_rows
 from .writer import write_lines
 
@@ -44,12 +46,13 @@ class FileOutput:
         self._options = options
         self._sources = sources
         self._shard = options.shard
-        self._paths = OutputPaths.of(options)
+        self._paths = OutputPaths.of(options.output, options.errors)
         assert self._paths.output is not None, "standard output is StreamOutput's"
         self._path, self._errors_path = self._paths.output, self._paths.errors
         self._stats_path = beside(self._path, "stats.json")
         self._keys: dict[int, int] = {}  # of rows that are read and not done
         self._num_rows = 0
+        self._input = xxhash.xxh3_64()  # of the keys of all rows watched
         self._finished: JobRecord | None = None
 
         record = JobRecord.read(self._stats_path)
@@ -84,7 +87,7 @@ class FileOutput:
         """
         if self._finished is not None:
             self._resume_finished(self._finished, num_rows)
-        elif num_rows is not None and self.journal.end_row:
+        elif num_rows is not None and (self.journal.end_row or not self._shard.size(num_rows)):
             check_num_rows(num_rows, self.journal.end_row, self.journal.path)
             for _ in self.watch(self._read(num_rows)):
                 pass
@@ -96,10 +99,13 @@ class FileOutput:
 
     def watch(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
         """`rows` as they are, each checked and noted."""
+        self._input.reset()
         for row in rows:
+            key = row_key(row)
             self._num_rows = row.index + 1
+            self._input.update(low_half(key).to_bytes(8, "little"))
             if self._shard.has(row.index):
-                key = checked_key(row, self.journal)
+                check_unchanged(row, key, self.journal)
                 if self.journal.kind(row.index) == Kind.MISSING:
                     self._keys[row.index] = key
             yield row
@@ -197,6 +203,7 @@ class FileOutput:
             self.journal,
             exit_code=exit_code,
             num_rows=self._num_rows,
+            input=self._input.hexdigest(),
             output=output,
             errors=errors,
             replaced=self._replaced,

@@ -63,17 +63,20 @@ def fingerprint(
     return named | hashes | {"weights": weights.hexdigest()}
 
 
-def check_same(old: Fingerprint, new: Fingerprint, *, of: Path) -> None:
-    """Raise CommandError CONFIG_MISMATCH with every name whose value differs."""
+def differences(old: Fingerprint, new: Fingerprint) -> str:
+    """Every name whose value differs, with both values; empty where none does."""
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    if not names:
-        return
-    changes = [f"{name}: {old.get(name, 'unset')} -> {new.get(name, 'unset')}" for name in names]
-    raise CommandError(
-        f"{of} is of other settings ({'; '.join(changes)})",
-        "Run it with the settings it had, name another output, or discard it with --restart.",
-        exit_code=ExitCode.CONFIG_MISMATCH,
-    )
+    return "; ".join(f"{n}: {old.get(n, 'unset')} -> {new.get(n, 'unset')}" for n in names)
+
+
+def check_same(old: Fingerprint, new: Fingerprint, *, of: Path) -> None:
+    """Raise CommandError CONFIG_MISMATCH where the file `of` was made with other settings."""
+    if changes := differences(old, new):
+        raise CommandError(
+            f"{of} is of other settings ({changes})",
+            "Run it with the settings it had, name another output, or discard it with --restart.",
+            exit_code=ExitCode.CONFIG_MISMATCH,
+        )
 
 
 def _text(value: Any) -> str:

@@ -25,7 +25,8 @@ class JobRecord:
 
     exit_code: ExitCode
     fingerprint: dict[str, str]
-    num_rows: int  # of the input; a shard's record counts all the same
+    num_rows: int  # of the input, in a shard's record too
+    input: str  # a hash of the keys of all its rows
     num_completed: int
     completed_marks: list[str]  # of the keys of completed rows
     failed_marks: list[str]
@@ -56,6 +57,7 @@ class JobRecord:
                 exit_code=ExitCode(stats["exit_code"]),
                 fingerprint=stats["fingerprint"],
                 num_rows=resume["input_rows"],
+                input=resume["input"],
                 num_completed=stats["rows"]["completed"],
                 completed_marks=resume["completed_marks"].split(),
                 failed_marks=resume["failed_marks"].split(),
@@ -75,6 +77,7 @@ class JobRecord:
             "fingerprint": self.fingerprint,
             "resume": {
                 "input_rows": self.num_rows,
+                "input": self.input,
                 "completed_marks": " ".join(self.completed_marks),
                 "failed_marks": " ".join(self.failed_marks),
                 "failed_rows": to_ranges(self.failed_rows),

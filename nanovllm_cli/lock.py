@@ -30,7 +30,7 @@ def output_locks(options: GenerateOptions) -> Iterator[None]:
     Raises CommandError LOCKED, IO_ERROR, and what OutputPaths raises.
     """
     with ExitStack() as stack:
-        for path in OutputPaths.of(options).named:
+        for path in OutputPaths.of(options.output, options.errors).named:
             lock = output_lock(path, wait_seconds=options.wait_lock, private=options.private)
             stack.enter_context(lock)
         yield

@@ -39,7 +39,7 @@ class StreamOutput:
         self._private = options.private
         self._rows = StreamWriter(sys.stdout.buffer, is_ordered=not options.unordered)
         self._stderr = StreamWriter(sys.stderr.buffer, is_ordered=False)
-        self._errors_path = OutputPaths.of(options).errors
+        self._errors_path = OutputPaths.of(options.output, options.errors).errors
         if self._errors_path is not None:
             if self._errors_path.exists() and not options.overwrite:
                 raise CommandError(

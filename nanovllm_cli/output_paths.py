@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .exit_code import CommandError
-from .options import GenerateOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,10 +15,10 @@ class OutputPaths:
     is_errors_named: bool  # by a flag, so that it need not be ours
 
     @classmethod
-    def of(cls, options: GenerateOptions) -> "OutputPaths":
+    def of(cls, output_name: str, errors_name: str | None = None) -> "OutputPaths":
         """Raises CommandError for what cannot be published by a rename."""
-        output = None if options.output == "-" else Path(options.output)
-        errors = None if options.errors in (None, "-") else Path(options.errors)
+        output = None if output_name == "-" else Path(output_name)
+        errors = None if errors_name in (None, "-") else Path(errors_name)
         named = [path for path in (output, errors) if path is not None]
         if len({path.absolute() for path in named}) < len(named):
             raise CommandError("--output and --errors name the same file", "Name another one.")
@@ -31,7 +30,7 @@ class OutputPaths:
                     "write to stdout (-).",
                 )
         is_errors_named = errors is not None
-        if output is not None and options.errors is None:
+        if output is not None and errors_name is None:
             errors = beside(output, "errors.jsonl")
         return cls(output=output, errors=errors, is_errors_named=is_errors_named)
 

@@ -23,12 +23,10 @@ from .writer import read_lines
 _RESTART = "--restart runs every row again; or name another output."
 
 
-def checked_key(row: Row | BadRow, journal: Journal) -> int:
-    """The row's key; raises CommandError where the journal has another row of its number."""
-    key = row_key(row)
+def check_unchanged(row: Row | BadRow, key: int, journal: Journal) -> None:
+    """Raise CommandError where the journal has another row of its number."""
     if journal.kind(row.index) != Kind.MISSING and journal.key(row.index) != low_half(key):
         raise _changed(f"{row.source}:{row.line} has changed since {journal.path} was written")
-    return key
 
 
 def check_num_rows(num_rows: int, least: int, made_of_more: Path) -> None:

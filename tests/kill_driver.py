@@ -5,6 +5,7 @@ it. `python -m tests.kill_driver HOW INPUT OUTPUT NUMBER [MUTANT]`; HOW is
 
     random    NUMBER kills at random moments
     calls     a kill before, and one in the middle of, every system call that changes a file
+    full      a disk that is full after each of NUMBER sizes
 
 The last line on stdout is a JSON object. MUTANT breaks one habit of the writer, so that a test can
 see that its breaking is found.
@@ -13,6 +14,7 @@ see that its breaking is found.
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -21,8 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nanovllm_cli import files, journal, pipeline
+from nanovllm_cli import file_output, files, journal, pipeline
 from nanovllm_cli.core.config import EngineConfig
+from nanovllm_cli.exit_code import CommandError
 from nanovllm_cli.lock import output_locks
 from nanovllm_cli.options import GenerateOptions
 from nanovllm_cli.tokenizer import PromptTokenizer
@@ -93,7 +96,7 @@ class Findings:
     def __init__(self, expected: tuple[bytes | None, bytes | None]) -> None:
         self.expected = expected
         self.counts = dict.fromkeys(
-            ("kills", "jobs", "differing", "half_visible", "failed_runs", "left_files"), 0
+            ("kills", "full", "jobs", "differing", "half_visible", "failed_runs", "left_files"), 0
         )
 
     def after_kill(self, output: Path) -> None:
@@ -177,6 +180,43 @@ def in_every_call(options: GenerateOptions, output: Path, findings: Findings) ->
             number += 1
 
 
+def run_to_its_publication(options: GenerateOptions) -> int:
+    file_output.write_lines = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    return run(options, seed=1, step_seconds=0.0)
+
+
+def on_full_disks(
+    options: GenerateOptions, output: Path, findings: Findings, num_sizes: int
+) -> None:
+    whole = findings.expected[0]
+    assert whole is not None
+    for number in range(num_sizes):
+        clear(output)
+        if number % 2:  # the journal has all rows, and the disk is full when they are published
+            limit = len(whole) * number // num_sizes
+            ended(forked(lambda: run_to_its_publication(options)))
+            (output.parent / f".{output.name}.tmp").unlink()  # what the next to publish takes over
+        else:  # from nothing to what the journal needs, which is more than the output
+            limit = 2 * len(whole) * number // num_sizes
+
+        def body(limit: int = limit) -> int:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            try:
+                return run(options, seed=1, step_seconds=0.0)
+            except CommandError as error:
+                return int(error.exit_code)
+
+        code = ended(forked(body))
+        findings.counts["full"] += code == 74
+        findings.counts["failed_runs"] += code not in (3, 74)
+        for found, expected in zip(results(output), findings.expected, strict=True):
+            findings.counts["half_visible"] += found is not None and found != expected
+        names = {path.name.removeprefix(output.name) for path in output.parent.iterdir()}
+        findings.counts["left_files"] += code == 74 and not names <= {".partial"}
+        findings.after_end(output, ended(forked(lambda: run(options, seed=2, step_seconds=0.0))))
+
+
 def mutate(name: str) -> None:
     """Break one habit."""
     if name == "no_cut":
@@ -190,7 +230,7 @@ def mutate(name: str) -> None:
             os.close(files.create_file(path, private=private))
             yield path
 
-        for module in (files, journal, sys.modules["nanovllm_cli.file_output"]):
+        for module in (files, journal, file_output):
             module.appearing = appearing  # type: ignore[attr-defined]
     else:
         raise ValueError(name)
@@ -215,6 +255,8 @@ def main(how: str, source: Path, output: Path, number: int, *mutants: str) -> No
         mutate(mutant)
     if how == "random":
         at_random_moments(options, output, findings, number)
+    elif how == "full":
+        on_full_disks(options, output, findings, number)
     else:
         in_every_call(options, output, findings)
     print(json.dumps(findings.counts))

@@ -581,7 +581,7 @@ NONE = {"differing": 0, "half_visible": 0, "failed_runs": 0, "left_files": 0}
 
 def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
     found = kill(tmp_path, "random", 300, 200)
-    assert found.pop("kills") == 200
+    assert (found.pop("kills"), found.pop("full")) == (200, 0)
     assert found.pop("jobs") >= 10
     assert found == NONE
 
@@ -590,6 +590,15 @@ def test_a_kill_in_any_call_that_changes_a_file_changes_no_byte(tmp_path: Path) 
     found = kill(tmp_path, "calls", 40, 0)
     assert found.pop("kills") > 80
     assert found.pop("jobs") > 40
+    assert found == {**NONE, "full": 0}
+
+
+def test_a_full_disk_is_74_at_64_sizes_and_what_was_written_is_not_run_again(
+    tmp_path: Path,
+) -> None:
+    found = kill(tmp_path, "full", 60, 64)
+    assert (found.pop("kills"), found.pop("jobs")) == (0, 64)
+    assert 20 < found.pop("full") < 64
     assert found == NONE
 
 
