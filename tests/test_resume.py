@@ -1,15 +1,8 @@
-"""The same line again: what is done stays, what is missing runs, and what has changed is refused.
+"""The same line again: what is done stays, what is missing runs, what has changed is refused."""
 
-The engine is a fake (fake_engine.py), everything else is the real thing. Kills are in
-kill_driver.py's hands.
-"""
-
-import gzip
 import json
 import os
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,128 +12,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanovllm_cli import file_output, files, pipeline
+from nanovllm_cli import file_output
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.request import Request
 from nanovllm_cli.exit_code import CommandError, ExitCode
-from nanovllm_cli.options import GenerateOptions
-from nanovllm_cli.tokenizer import PromptTokenizer
 
-from .cli import MODEL, ROOT, SAMPLE, environment, read_rows, run, write_rows
-from .fake_engine import FakeEngine, loader
+from .cli import MODEL, read_rows, write_rows
+from .fake_engine import FakeEngine
+from .job_folder import JobFolder, Rows, Stopped, StoppingEngine, append, good_rows, mixed_rows
 
-Rows = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_tokenizer() -> Any:
-    """Loaded once: it takes longer than a job with the fake engine."""
-    tokenizer = PromptTokenizer(MODEL)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "load_tokenizer", lambda options, model: tokenizer)
-        yield
-
-
-class Stopped(Exception):
-    """Ends a job in the middle, as a failing engine would."""
-
-
-class StoppingEngine(FakeEngine):
-    def __init__(self, num_steps: int, **more: Any) -> None:
-        super().__init__(**more)
-        self._num_steps_left = num_steps
-
-    def step(self) -> Any:
-        self._num_steps_left -= 1
-        if self._num_steps_left < 0:
-            raise Stopped
-        return super().step()
-
-
-def never_loads(path: Path, config: EngineConfig) -> Any:
-    raise AssertionError("the model was loaded")
-
-
-class Folder:
-    """A job's input and output in a directory."""
-
-    def __init__(self, path: Path, rows: Rows, name: str = "out.jsonl") -> None:
-        self.path = path
-        self.input = write_rows(path / "in.jsonl", rows)
-        self.output = path / name
-
-    def options(self, **more: Any) -> GenerateOptions:
-        engine = EngineConfig(device="cpu", max_num_seqs=8)
-        given: dict[str, Any] = {
-            "inputs": [str(self.input)],
-            "output": str(self.output),
-            "model": str(MODEL),
-            "engine": engine,
-            "max_inflight": 32,
-            "quiet": True,
-        }
-        return GenerateOptions(**{**given, **more})
-
-    def run(self, fake: FakeEngine | None = None, **more: Any) -> tuple[int, int]:
-        """The exit code, and how many requests the engine got."""
-        fake = fake or FakeEngine()
-        load: Any = loader(fake)
-        return int(pipeline.generate(self.options(**more), load)), fake.num_added
-
-    def stop_after(self, num_steps: int, **more: Any) -> None:
-        with pytest.raises(Stopped):
-            self.run(StoppingEngine(num_steps), **more)
-        assert self.journal.exists()
-
-    def done(self, **more: Any) -> int:
-        """The exit code of a run that must not load the model."""
-        return int(pipeline.generate(self.options(**more), never_loads))
-
-    def refused(self, **more: Any) -> CommandError:
-        """How a run that must not load the model is refused."""
-        with pytest.raises(CommandError) as error:
-            pipeline.generate(self.options(**more), never_loads)
-        return error.value
-
-    @property
-    def journal(self) -> Path:
-        return self._beside("partial")
-
-    @property
-    def errors(self) -> Path:
-        return self._beside("errors.jsonl")
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        return json.loads(self._beside("stats.json").read_bytes())
-
-    @property
-    def names(self) -> set[str]:
-        return {path.name for path in self.path.iterdir()} - {"in.jsonl"}
-
-    def _beside(self, what: str) -> Path:
-        return self.output.with_name(f"{self.output.name}.{what}")
-
-
-def good_rows(count: int, start: int = 0) -> Rows:
-    return [{"id": n, "prompt": f"row {n}"} for n in range(start, start + count)]
-
-
-def mixed_rows(count: int) -> Rows:
-    """Every fifth row has no prompt."""
-    return [row if row["id"] % 5 != 3 else {"id": row["id"]} for row in good_rows(count)]
+Make = Callable[..., JobFolder]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[..., Folder]:
-    def make(rows: Rows, name: str = "out.jsonl", folder: str = "job") -> Folder:
-        (tmp_path / folder).mkdir()
-        return Folder(tmp_path / folder, rows, name)
+def make(tmp_path: Path) -> Make:
+    def make(rows: Rows, name: str = "out.jsonl", folder: str = "job") -> JobFolder:
+        return JobFolder(tmp_path / folder, rows, name)
 
     return make
-
-
-Make = Callable[..., Folder]
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst", "out.parquet"])
@@ -213,12 +102,6 @@ def stop(*_: Any) -> None:
     raise Stopped
 
 
-def append(path: Path, rows: Rows) -> None:
-    with open(path, "ab") as file:
-        for row in rows:
-            file.write(json.dumps(row).encode() + b"\n")
-
-
 @pytest.mark.parametrize("is_finished", [False, True])
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst"])
 def test_of_an_input_that_grew_only_the_new_rows_run(
@@ -266,7 +149,7 @@ def test_a_changed_row_is_named_and_refused(is_finished: bool, make: Make) -> No
         folder.run()
     else:
         folder.stop_after(4)
-    done = read_rows(folder.output)[5] if is_finished else {"id": journalled(folder)[0]}
+    done = read_rows(folder.output)[5] if is_finished else {"id": folder.journalled[0]}
     before = {path: path.read_bytes() for path in folder.path.iterdir() if path != folder.input}
     rows[done["id"]]["prompt"] += "!"
     write_rows(folder.input, rows)
@@ -277,12 +160,6 @@ def test_a_changed_row_is_named_and_refused(is_finished: bool, make: Make) -> No
     assert {path: path.read_bytes() for path in before} == before
     assert folder.run(restart=True) == (0, 40)
     assert [row["prompt"] for row in read_rows(folder.output)] == [row["prompt"] for row in rows]
-
-
-def journalled(folder: Folder) -> list[int]:
-    """The numbers of the rows in a journal."""
-    lines = folder.journal.read_bytes().splitlines()[1:]
-    return [int(line.split(b" ", 4)[3]) for line in lines]
 
 
 def test_of_many_rows_a_changed_one_is_named_with_few_neighbours(make: Make) -> None:
@@ -304,7 +181,7 @@ def test_rows_that_are_gone_are_refused(is_finished: bool, make: Make) -> None:
         folder.run()
     else:
         folder.stop_after(4)
-    num_left = 39 if is_finished else max(journalled(folder))
+    num_left = 39 if is_finished else max(folder.journalled)
     write_rows(folder.input, good_rows(num_left))
     error = folder.refused()
     assert error.exit_code == ExitCode.CONFIG_MISMATCH
@@ -424,7 +301,7 @@ def test_too_many_errors_stop_a_job_and_leave_it_resumable(make: Make) -> None:
         folder.run(max_error_rate=0.25)
     assert error.value.exit_code == ExitCode.SOME_ROWS_FAILED
     assert folder.names == {"out.jsonl.partial"}
-    done = journalled(folder)
+    done = folder.journalled
     assert 100 <= len(done) <= 300
     assert folder.run() == (3, 200 - sum(row < 100 for row in done))
 
@@ -515,7 +392,7 @@ def test_a_stream_goes_on_in_a_journal_and_a_changed_one_is_refused(
     def feed(source: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(["sh", "-c", f"cat '{source}' > '{fifo}'"])
 
-    first = journalled(folder)[0]
+    first = folder.journalled[0]
     rows = good_rows(60)
     rows[first]["prompt"] = "another"
     changed = feed(write_rows(tmp_path / "changed.jsonl", rows))
@@ -552,152 +429,3 @@ def test_a_duplicate_of_a_row_that_is_done_is_still_one(make: Make) -> None:
     assert folder.run()[0] == 3
     (error,) = read_rows(folder.errors)
     assert (error["line"], error["error"]["code"]) == (61, "duplicate_id")
-
-
-# --- kills
-
-
-def kill(tmp_path: Path, how: str, num_rows: int, number: int, *mutants: str) -> dict[str, int]:
-    """What kill_driver.py finds."""
-    lines = []
-    for n in range(num_rows):
-        good = b'{"id": %d, "prompt": "row %d %b"}' % (n, n, b"x" * (n % 40))
-        lines.append(b'{"prompt": ' if n % 37 == 5 else b'{"id": %d}' % n if n % 41 == 7 else good)
-    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
-    arguments = [how, tmp_path / "in.jsonl", tmp_path / "out" / "out.jsonl", str(number), *mutants]
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.kill_driver", *map(str, arguments)],
-        env=environment(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout.splitlines()[-1])
-
-
-NONE = {"differing": 0, "half_visible": 0, "failed_runs": 0, "left_files": 0}
-
-
-def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
-    found = kill(tmp_path, "random", 300, 200)
-    assert (found.pop("kills"), found.pop("full")) == (200, 0)
-    assert found.pop("jobs") >= 10
-    assert found == NONE
-
-
-def test_a_kill_in_any_call_that_changes_a_file_changes_no_byte(tmp_path: Path) -> None:
-    found = kill(tmp_path, "calls", 40, 0)
-    assert found.pop("kills") > 80
-    assert found.pop("jobs") > 40
-    assert found == {**NONE, "full": 0}
-
-
-def test_a_full_disk_is_74_at_64_sizes_and_what_was_written_is_not_run_again(
-    tmp_path: Path,
-) -> None:
-    found = kill(tmp_path, "full", 60, 64)
-    assert (found.pop("kills"), found.pop("jobs")) == (0, 64)
-    assert 20 < found.pop("full") < 64
-    assert found == NONE
-
-
-@pytest.mark.parametrize(
-    ("mutant", "fault"), [("no_cut", "differing"), ("no_rename", "half_visible")]
-)
-def test_a_writer_without_one_of_its_habits_is_found_out(
-    mutant: str, fault: str, tmp_path: Path
-) -> None:
-    assert kill(tmp_path, "calls", 24, 0, mutant)[fault] > 0
-
-
-def test_ten_kills_of_the_real_engine_change_no_byte(tmp_path: Path) -> None:
-    whole = tmp_path / "whole.jsonl"
-    arguments = ["generate", SAMPLE / "prompts.jsonl", "--model", MODEL, "--quiet"]
-    arguments += ["--max-tokens", "8", "--max-num-seqs", "8", "--limit", "120"]
-    assert run(*arguments, "-o", whole).code == 0
-    output = tmp_path / "out.jsonl"
-    journal, num_kills, seen = tmp_path / "out.jsonl.partial", 0, 0
-    command = [Path(sys.executable).with_name("nanovllm"), *arguments, "-o", output]
-    while num_kills < 10:
-        process = subprocess.Popen(command, env=environment(HF_HUB_OFFLINE="1"))
-        while process.poll() is None:  # until it has done some rows more
-            size = journal.stat().st_size if journal.exists() else 0
-            if size > seen:
-                seen = size
-                process.kill()
-                num_kills += 1
-            time.sleep(0.005)
-        assert process.wait() in (0, -9)
-        if process.returncode == 0:
-            break
-        assert not output.exists() or output.read_bytes() == whole.read_bytes()
-    assert num_kills >= 5
-    assert run(*arguments, "-o", output).code == 0
-    assert output.read_bytes() == whole.read_bytes()
-
-
-# --- power loss: what was not synced is lost, and renames may come before contents
-
-
-class Disk:
-    """Notes what the system was asked for, and in which order."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.faults: list[str] = []
-        self._synced: dict[str, bytes] = {}  # contents on the disk, by name
-        self._unsynced_names: set[str] = set()  # directories with renames not on the disk
-        real_fsync, real_replace, real_unlink = os.fsync, os.replace, os.unlink
-
-        def fsync(descriptor: int) -> None:
-            path = os.readlink(f"/proc/self/fd/{descriptor}")
-            if os.path.isdir(path):
-                self._unsynced_names.discard(path)
-            else:
-                self._synced[path] = Path(path).read_bytes()
-            real_fsync(descriptor)
-
-        def replace(source: Any, target: Any) -> None:
-            if self._synced.get(str(source)) != Path(source).read_bytes():
-                self.faults.append(f"{target} may be empty after a power loss")
-            self._unsynced_names.add(str(Path(target).parent))
-            real_replace(source, target)
-
-        def unlink(path: Any, **more: Any) -> None:
-            if str(path).endswith(".partial") and self._unsynced_names:
-                self.faults.append("the journal goes before the output is sure to be there")
-            real_unlink(path, **more)
-
-        for name, replacement in (
-            *(("fsync", fsync), ("fdatasync", fsync)),
-            *(("replace", replace), ("unlink", unlink)),
-        ):
-            patch.setattr(os, name, replacement)
-
-
-def test_contents_are_on_the_disk_before_names_and_names_before_the_journal_goes(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = make(mixed_rows(30))
-    disk = Disk(monkeypatch)
-    folder.run()
-    append(folder.input, good_rows(3, 30))
-    folder.run()
-    assert disk.faults == []
-
-
-@pytest.mark.parametrize("habit", ["sync_file", "sync_directory"])
-def test_a_writer_that_syncs_in_no_order_is_found_out(
-    habit: str, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = make(mixed_rows(30))
-    monkeypatch.setattr(files, habit, lambda path: None)
-    disk = Disk(monkeypatch)
-    folder.run()
-    assert disk.faults
-
-
-def test_gzip_outputs_hold_no_time(make: Make) -> None:
-    folder = make(good_rows(5), "out.jsonl.gz")
-    folder.run()
-    assert len(gzip.decompress(folder.output.read_bytes()).splitlines()) == 5

@@ -1,0 +1,91 @@
+"""Jobs that are killed, and disks that are full: no byte of what is published at last differs."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .cli import MODEL, ROOT, SAMPLE, environment, run
+
+
+def kill(tmp_path: Path, how: str, num_rows: int, number: int, *mutants: str) -> dict[str, int]:
+    """What kill_driver.py finds."""
+    lines = []
+    for n in range(num_rows):
+        good = b'{"id": %d, "prompt": "row %d %b"}' % (n, n, b"x" * (n % 40))
+        lines.append(b'{"prompt": ' if n % 37 == 5 else b'{"id": %d}' % n if n % 41 == 7 else good)
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    arguments = [how, tmp_path / "in.jsonl", tmp_path / "out" / "out.jsonl", str(number), *mutants]
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.kill_driver", *map(str, arguments)],
+        env=environment(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+NONE = {"differing": 0, "half_visible": 0, "failed_runs": 0, "left_files": 0}
+
+
+def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
+    found = kill(tmp_path, "random", 300, 200)
+    assert (found.pop("kills"), found.pop("full")) == (200, 0)
+    assert found.pop("jobs") >= 10
+    assert found == NONE
+
+
+def test_a_kill_in_any_call_that_changes_a_file_changes_no_byte(tmp_path: Path) -> None:
+    found = kill(tmp_path, "calls", 40, 0)
+    assert found.pop("kills") > 80
+    assert found.pop("jobs") > 40
+    assert found == {**NONE, "full": 0}
+
+
+def test_a_full_disk_is_74_at_64_sizes_and_what_was_written_is_not_run_again(
+    tmp_path: Path,
+) -> None:
+    found = kill(tmp_path, "full", 60, 64)
+    assert (found.pop("kills"), found.pop("jobs")) == (0, 64)
+    assert 20 < found.pop("full") < 64
+    assert found == NONE
+
+
+@pytest.mark.parametrize(
+    ("mutant", "fault"), [("no_cut", "differing"), ("no_rename", "half_visible")]
+)
+def test_a_writer_without_one_of_its_habits_is_found_out(
+    mutant: str, fault: str, tmp_path: Path
+) -> None:
+    assert kill(tmp_path, "calls", 24, 0, mutant)[fault] > 0
+
+
+def test_ten_kills_of_the_real_engine_change_no_byte(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jsonl"
+    arguments = ["generate", SAMPLE / "prompts.jsonl", "--model", MODEL, "--quiet"]
+    arguments += ["--max-tokens", "8", "--max-num-seqs", "8", "--limit", "120"]
+    assert run(*arguments, "-o", whole).code == 0
+    output = tmp_path / "out.jsonl"
+    journal, num_kills, seen = tmp_path / "out.jsonl.partial", 0, 0
+    command = [Path(sys.executable).with_name("nanovllm"), *arguments, "-o", output]
+    while num_kills < 10:
+        process = subprocess.Popen(command, env=environment(HF_HUB_OFFLINE="1"))
+        while process.poll() is None:  # until it has done some rows more
+            size = journal.stat().st_size if journal.exists() else 0
+            if size > seen:
+                seen = size
+                process.kill()
+                num_kills += 1
+            time.sleep(0.005)
+        assert process.wait() in (0, -9)
+        if process.returncode == 0:
+            break
+        assert not output.exists() or output.read_bytes() == whole.read_bytes()
+    assert num_kills >= 5
+    assert run(*arguments, "-o", output).code == 0
+    assert output.read_bytes() == whole.read_bytes()
