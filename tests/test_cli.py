@@ -136,6 +136,8 @@ VALUES = {
     "--kv-cache-memory": "0.5",
     "--min-tokens": "2",
     "--max-tokens": "7",
+    "--max-error-rate": "0.5",
+    "--shard": "1/2",
 }
 
 
@@ -447,6 +449,7 @@ def test_the_statistics_add_up(tmp_path: Path) -> None:
     assert (stats["seed"], stats["exit_code"]) == (3, 3)
     assert stats["rows"] == {
         "done": 3,
+        "resumed": 0,
         "completed": 2,
         "failed": 1,
         "failed_by_code": {"no_prompt": 1},
