@@ -5,18 +5,11 @@ tokens are stored before any is attended to, so that sequences of one launch may
 one of them computes.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KVCache:
-    """One layer's pages: k, v [num_blocks, num_kv_heads, block_size, head_dim]."""
-
-    k: Tensor
-    v: Tensor
+from nanovllm_cli.core.kv_cache import KVCache
 
 
 class AttentionPlan(Protocol):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.attention import KVCache
 from nanovllm_cli.core.batch import Int32, packed_positions
 from nanovllm_cli.core.block_manager import SCRATCH_BLOCK
+from nanovllm_cli.core.kv_cache import KVCache
 from nanovllm_cli.kernels.paged_attention import QueryTiles, paged_attention_reference
 
 

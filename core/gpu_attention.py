@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nanovllm_cli.core.attention import KVCache
 from nanovllm_cli.core.attention_backend import AttentionBackend, PackedSequences
+from nanovllm_cli.core.kv_cache import KVCache
 from nanovllm_cli.kernels.decode_attention import DecodePlan, decode_attention
 
 

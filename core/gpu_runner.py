@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.attention import KVCache
 from nanovllm_cli.core.attention_backend import PackedSequences
 from nanovllm_cli.core.batch import (
     Batch,
@@ -24,7 +23,12 @@ from nanovllm_cli.core.batch import (
 from nanovllm_cli.core.gpu_attention import DecodeAttention, PrefillAttention
 from nanovllm_cli.core.gpu_errors import gpu_errors
 from nanovllm_cli.core.kernel_warm_up import layer_kernels, run_side_by_side
-from nanovllm_cli.core.kv_cache import allocate_kv_caches, blocks_per_sequence, num_kv_blocks
+from nanovllm_cli.core.kv_cache import (
+    KVCache,
+    allocate_kv_caches,
+    blocks_per_sequence,
+    num_kv_blocks,
+)
 from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.slot_table import SlotTable

@@ -11,8 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.attention import KVCache
 from nanovllm_cli.core.attention_backend import AttentionBackend, PackedSequences
+from nanovllm_cli.core.kv_cache import KVCache
 from nanovllm_cli.core.qwen3 import DecoderLayer, Qwen3
 from nanovllm_cli.kernels.decode_attention import DecodePlan, decode_attention
 from nanovllm_cli.kernels.qk_norm_rope_store import LARGE_BATCH, qk_norm_rope_store

@@ -1,11 +1,21 @@
 """The KV cache: a layer's pages, how many blocks some memory holds, and their allocation."""
 
-import torch
+from dataclasses import dataclass
 
-from nanovllm_cli.core.attention import KVCache
+import torch
+from torch import Tensor
+
 from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.errors import MemoryTooSmall
 from nanovllm_cli.core.resolved_config import ResolvedConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVCache:
+    """One layer's pages: k, v [num_blocks, num_kv_heads, block_size, head_dim]."""
+
+    k: Tensor
+    v: Tensor
 
 
 def blocks_per_sequence(config: ResolvedConfig) -> int:
@@ -48,7 +58,7 @@ def allocate_kv_caches(
     shape = (num_blocks, sizes.num_key_value_heads, config.block_size, sizes.head_dim)
     dtype = getattr(torch, config.dtype)
 
-    def pages() -> torch.Tensor:
+    def pages() -> Tensor:
         # Filled and so really there: memory that is short fails now, not in the night.
         return torch.empty(shape, dtype=dtype, device=config.device).fill_(0)
 

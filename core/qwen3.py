@@ -7,8 +7,9 @@ grouped queries, an RMSNorm on every q and k head, and rotary positions; the MLP
 import torch
 from torch import Tensor, nn
 
-from nanovllm_cli.core.attention import AttentionPlan, KVCache
+from nanovllm_cli.core.attention import AttentionPlan
 from nanovllm_cli.core.config import ModelConfig
+from nanovllm_cli.core.kv_cache import KVCache
 from nanovllm_cli.core.layers import Embedding, Linear, RMSNorm, RotaryTables, rotary_tables
 from nanovllm_cli.kernels.qk_norm_rope_store import qk_norm_rope_store
 from nanovllm_cli.kernels.swiglu import swiglu
