@@ -89,25 +89,18 @@ class FileOutput:
             self._resume_finished(self._finished, num_rows)
         elif num_rows is not None and (self.journal.end_row or not self._shard.size(num_rows)):
             check_num_rows(num_rows, self.journal.end_row, self.journal.path)
-            for _ in self.watch(self._read(num_rows)):
+            for _ in self._checked(self._read(num_rows)):
                 pass
-            self._keys.clear()
         if num_rows is None:
             return False
         self._num_rows = num_rows
         return self._finished is not None or self._is_complete
 
     def watch(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
-        """`rows` as they are, each checked and noted."""
-        self._input.reset()
-        for row in rows:
-            key = row_key(row)
-            self._num_rows = row.index + 1
-            self._input.update(low_half(key).to_bytes(8, "little"))
-            if self._shard.has(row.index):
-                check_unchanged(row, key, self.journal)
-                if self.journal.kind(row.index) == Kind.MISSING:
-                    self._keys[row.index] = key
+        """`rows` as they are, each checked, the missing ones noted."""
+        for row, key in self._checked(rows):
+            if self._shard.has(row.index) and self.journal.kind(row.index) == Kind.MISSING:
+                self._keys[row.index] = key
             yield row
 
     def missing(self, chunks: Iterator[list[Prompt | BadRow]]) -> Iterator[list[Prompt | BadRow]]:
@@ -183,6 +176,17 @@ class FileOutput:
             private=self._options.private,
         )
 
+    def _checked(self, rows: Iterator[Row | BadRow]) -> Iterator[tuple[Row | BadRow, int]]:
+        """Rows and their keys; raises CommandError for a row that has changed."""
+        self._input.reset()
+        for row in rows:
+            key = row_key(row)
+            self._num_rows = row.index + 1
+            self._input.update(low_half(key).to_bytes(8, "little"))
+            if self._shard.has(row.index):
+                check_unchanged(row, key, self.journal)
+            yield row, key
+
     def _read(self, num_rows: int) -> Iterator[Row | BadRow]:
         return read_rows(self._sources, limit=num_rows)
 
@@ -216,7 +220,9 @@ class FileOutput:
         """The contents of OUTPUT and of --errors; raises OUTPUT_EXISTS for a file not our own."""
         contents: list[str | None] = []
         for path in (self._path, self._errors_path):
-            content = None if path is None else content_of(path)
+            content = None
+            if path is not None and path.exists():
+                content = content_of(path) if record is not None else "unknown"
             # An errors file beside OUTPUT goes with it, whosever it is.
             is_named = path in self._paths.named
             is_own = content is None or (record is not None and record.owns(content))

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -419,6 +420,29 @@ def test_rows_of_parquet_are_known_again(make: Make) -> None:
     assert "in.parquet:" in folder.refused(inputs=[str(source)]).message
     pq.write_table(table, source, row_group_size=7)  # the same rows in another file
     assert folder.run(inputs=[str(source)]) == (0, 60 - 24)
+
+
+def test_rows_that_are_not_done_take_no_memory_when_a_job_is_resumed(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(good_rows(60_000))
+    folder.stop_after(1)
+    peaks = []
+    resume = file_output.FileOutput.resume
+
+    def measured(output: Any, num_rows: int | None) -> bool:
+        tracemalloc.start()
+        try:
+            return resume(output, num_rows)
+        finally:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+
+    monkeypatch.setattr(file_output.FileOutput, "resume", measured)
+    folder.stop_after(1)
+    assert (
+        peaks[0] < 7_000_000
+    )  # what is read at a time; an object for each row would be twice that
 
 
 def test_a_duplicate_of_a_row_that_is_done_is_still_one(make: Make) -> None:
