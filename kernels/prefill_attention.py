@@ -39,7 +39,7 @@ def prefill_attention_reference(
     for row, slot in enumerate(slots.tolist()):
         begin, end, start = ends[row], ends[row + 1], int(start_positions[row])
         kv_len = start + end - begin
-        blocks = block_tables[slot, : triton.cdiv(kv_len, block_size)].long()
+        blocks = block_tables[slot, : -(-kv_len // block_size)].long()
         k = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :kv_len].float()
         v = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :kv_len].float()
         k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=0) for x in (k, v))

@@ -5,12 +5,13 @@ this torch was built for CUDA, or TRITON_INTERPRET=1 asks for the kernels on a C
 """
 
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = torch.version.cuda is not None or _IS_INTERPRETED
+HAS_TRITON = (torch.version.cuda is not None or _IS_INTERPRETED) and find_spec("triton") is not None
 
 if HAS_TRITON:
     import triton

@@ -378,9 +378,11 @@ def test_auto_takes_the_best_that_is_there_and_fits(monkeypatch: pytest.MonkeyPa
     assert chosen(capability=AMPERE) == "flash-attn 2.8.3"
     assert chosen(capability=AMPERE, block_size=64) == "triton"
     assert chosen(dtype="float32") == "triton"
+    install(monkeypatch, "flash-attn", "torch")
+    assert chosen() == "triton", "on a Hopper ours is faster than FlashAttention 2"
     install(monkeypatch, "torch")
-    assert chosen() == "torch-varlen"
-    assert chosen(block_size=128) == "triton"
+    assert chosen(capability=AMPERE) == "torch-varlen"
+    assert chosen(capability=AMPERE, block_size=128) == "triton"
     install(monkeypatch)
     assert chosen() == "triton"
 
