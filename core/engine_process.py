@@ -72,6 +72,7 @@ class EngineProcess:
         self._suspects: set[int] = set()  # of those it has, the ones that it has died with
         self._num_deaths_in_a_row = 0
         self.num_restarts = 0
+        self.last_death: str | None = None  # in words, for whoever tells the user of a restart
         self.stats = EngineStats()  # work done again after a restart counts again
         self._start(child or spawn())
 
@@ -222,6 +223,7 @@ class EngineProcess:
     def _recover(self, death: UserError) -> list[Output]:
         """Start the engine once more; what comes of those in flight, or raises where it is over."""
         self._num_deaths_in_a_row += 1
+        self.last_death = death.message
         if self._known is None:
             raise death  # it would not load another time either
         if self._num_deaths_in_a_row == _MAX_DEATHS_IN_A_ROW:

@@ -371,6 +371,7 @@ def test_a_request_in_flight_at_two_deaths_fails_and_few_others_with_it(start: S
     assert "signal 9" in str(failed[poison.request_id])
     assert len(failed) <= 64
     assert engine.num_restarts == 2
+    assert engine.last_death == "the engine was killed by signal 9 (Killed)"
     expected = fake_answers(r for r in innocent if r.request_id not in failed)
     assert tokens(ended) == expected
 
@@ -604,6 +605,8 @@ def test_a_parents_sigkill_leaves_no_orphan(kind: str, num_trials: int, tmp_path
     longest = 0.6 if kind == "fake" else 6.0
     for trial in range(num_trials):
         (directory := tmp_path / str(trial)).mkdir()
+        if trial % 2:
+            (directory / "load slowly").touch()  # the fake then never looks at its connection
         parent, pid = start_parent(kind, directory, 100_000)  # more than it can do in the time
         time.sleep(rng.choice((0.0, rng.random() * longest)))
         assert is_running(pid)
