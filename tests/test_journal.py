@@ -109,7 +109,7 @@ def test_a_shard_keeps_memory_for_its_own_rows_only(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", HEADER, shard=shard)
     for row in (5_000_004, 4, 1_000_004):
         journal.append(row, row, Kind.COMPLETED, b"%d" % row)
-    assert len(journal._places) < 20_000
+    assert len(journal._kinds) < 20_000
     journal.close()
     journal = Journal.recover(tmp_path / "j", shard=shard)
     assert list(journal.lines(Kind.COMPLETED)) == [
@@ -163,7 +163,10 @@ def find_faults(tmp_path: Path, num_flips: int) -> tuple[int, set[str]]:
     damaged = damages(tmp_path / "j", num_flips)
     for content_of_it in damaged:
         (tmp_path / "j").write_bytes(content_of_it)
-        fault = recover_and_go_on(tmp_path / "j", rows)
+        try:
+            fault = recover_and_go_on(tmp_path / "j", rows)
+        except OSError as error:  # read from where no line can be
+            fault = str(error)
         if fault is not None:
             faults.add(fault)
     return len(damaged), faults
