@@ -1,15 +1,16 @@
-"""Gumbel noise of tokens: -log(-log1p(-u)), with u of Philox 4x32-10's words.
+"""Gumbel noise of tokens: -log(-log1p(-u)), with u of Philox 4x32-7's words.
 
 A token's u depends on the sequence's seed, the position and the token id alone (Salmon et al. 2011,
 https://doi.org/10.1145/2063384.2063405). A counter gives four words, for four tokens LANE_TOKENS
 apart in a group of 4 * LANE_TOKENS. Its meaning is sampling.py's gumbel_noise_reference.
 """
 
+from nanovllm_cli.kernels.sampling import PHILOX_ROUNDS
 from nanovllm_cli.kernels.triton_import import tl, triton
 
 
 @triton.jit
-def words_of_counters(seed, position, counter):
+def words_of_counters(seed, position, counter, ROUNDS: tl.constexpr = PHILOX_ROUNDS):
     """Philox of (counter, position, 0, 0): four uint32 words, of tokens with ascending ids.
 
     As tl.philox, but its products are 64 bits wide: one instruction each on a GPU, not two.
@@ -20,7 +21,7 @@ def words_of_counters(seed, position, counter):
     c2 = c0 * 0
     c1 = c2 + position.to(tl.uint32)
     c3 = c2
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(ROUNDS):
         product0 = c0.to(tl.uint64) * 0xD2511F53
         product1 = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ key0

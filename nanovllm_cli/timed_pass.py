@@ -16,7 +16,7 @@ from nanovllm_cli.core.sampling_params import SamplingParams
 from .nvml import Nvml
 from .workloads import Workload
 
-_QUEUED = 512  # sequences that wait in the engine, as in a job whose rows are read ahead
+_QUEUED = 256  # sequences that wait in the engine, as in a job whose rows are read ahead
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -231,10 +231,10 @@ def test_a_top_p_at_the_very_edge_of_a_token_keeps_the_same_in_any_batch() -> No
 
 
 def test_a_tie_of_noisy_logits_goes_to_the_lowest_id_in_any_batch() -> None:
-    # With seed 2 token 2 has more noise than token 5, and reaches the same sum from a lower logit.
+    # With seed 4 token 2 has more noise than token 5, and reaches the same sum from a lower logit.
     # About one draw in a million is such a tie.
     ids = torch.arange(8).unsqueeze(0)
-    noise = gumbel_noise_reference(ids, torch.tensor([2]), torch.tensor([0]))[0]
+    noise = gumbel_noise_reference(ids, torch.tensor([4]), torch.tensor([0]))[0]
     assert noise[2] > noise[5]
     num_ties = 0
     for total in torch.arange(3, 6, 1 / 64):
@@ -243,8 +243,8 @@ def test_a_tie_of_noisy_logits_goes_to_the_lowest_id_in_any_batch() -> None:
         sums = logits[0] + noise
         if sums[2] == sums[5]:
             num_ties += 1
-            assert draw(logits.clone(), [{"seed": 2}]).item() == 2
-            assert draw(logits.repeat(2, 1), [{"seed": 2}, {"top_k": 3}])[0].item() == 2
+            assert draw(logits.clone(), [{"seed": 4}]).item() == 2
+            assert draw(logits.repeat(2, 1), [{"seed": 4}, {"top_k": 3}])[0].item() == 2
     assert num_ties > 0
 
 
@@ -355,10 +355,10 @@ def test_logits_of_minus_infinity_everywhere_are_bad_too() -> None:
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
-    """Philox 4x32-10 on Python's integers, after Random123's philox.h."""
+    """Philox 4x32-7 on Python's integers, after Random123's philox.h."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(7):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (
             (p1 >> 32) ^ c1 ^ k0,
@@ -370,15 +370,15 @@ def philox(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
     return c0, c1, c2, c3
 
 
-# Random123's kat_vectors: philox4x32 10 rounds, counter, key, result.
+# Random123's kat_vectors: philox4x32 7 rounds, counter, key, result.
 ALL_ONES = 0xFFFFFFFF
 KNOWN_ANSWERS = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((ALL_ONES,) * 4, (ALL_ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    ((ALL_ONES,) * 4, (ALL_ONES,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
     ),
 ]
 
