@@ -25,6 +25,7 @@ _TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 _SAMPLE_BYTES = 4096
+_MAX_SHOWN = 100  # characters
 _MAX_HEADER_BYTES = 100 << 20  # as safetensors has it
 
 
@@ -80,7 +81,11 @@ def check_same(old: Fingerprint, new: Fingerprint, *, of: Path) -> None:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else orjson.dumps(value).decode()
+    """The value, or for a long text its length and hash: values are shown, and kept in files."""
+    text = value if isinstance(value, str) else orjson.dumps(value).decode()
+    if len(text) <= _MAX_SHOWN:
+        return text
+    return f"{len(text)} characters, xxh3 {xxhash.xxh3_64_hexdigest(text.encode())}"
 
 
 def _hash_of(path: Path) -> str:

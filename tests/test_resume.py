@@ -17,6 +17,7 @@ from nanovllm_cli import file_output
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.request import Request
 from nanovllm_cli.exit_code import CommandError, ExitCode
+from nanovllm_cli.prompt_options import PromptOptions
 
 from .cli import MODEL, read_rows, write_rows
 from .fake_engine import FakeEngine
@@ -199,6 +200,8 @@ def test_rows_that_are_gone_are_refused(is_finished: bool, make: Make) -> None:
         ({"sampling": {"temperature": 0.5}}, "temperature: 0.0 -> 0.5"),
         ({"sampling": {"max_tokens": 3}}, "max_tokens: unset -> 3"),
         ({"format": "openai"}, "format: auto -> openai"),
+        ({"prompt": PromptOptions(system="Be brief.")}, "system: unset -> Be brief."),
+        ({"prompt": PromptOptions(system="x" * 900)}, "system: unset -> 900 characters, xxh3 "),
         ({"engine": EngineConfig(device="cpu", max_model_len=64)}, "max_model_len: 4096 -> 64"),
         ({"engine": EngineConfig(device="cpu", dtype="bfloat16")}, "dtype: float32 -> bfloat16"),
     ],
