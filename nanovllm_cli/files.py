@@ -51,6 +51,11 @@ def write_whole(descriptor: int, data: bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
+def as_text(name: str) -> str:
+    """A file's name as valid Unicode: what JSON can hold, and close to what it is."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 @contextmanager
 def io_errors(path: Path | str) -> Iterator[None]:
     """Turn the system's refusals to write into the error of that exit code; not a closed pipe."""

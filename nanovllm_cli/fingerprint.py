@@ -16,6 +16,7 @@ from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.resolved_config import resolve
 
 from .exit_code import CommandError, ExitCode
+from .files import as_text
 from .options import GenerateOptions
 
 Fingerprint = dict[str, str]
@@ -82,7 +83,7 @@ def check_same(old: Fingerprint, new: Fingerprint, *, of: Path) -> None:
 
 def _text(value: Any) -> str:
     """The value, or for a long text its length and hash: values are shown, and kept in files."""
-    text = value if isinstance(value, str) else orjson.dumps(value).decode()
+    text = as_text(value) if isinstance(value, str) else orjson.dumps(value).decode()
     if len(text) <= _MAX_SHOWN:
         return text
     return f"{len(text)} characters, xxh3 {xxhash.xxh3_64_hexdigest(text.encode())}"

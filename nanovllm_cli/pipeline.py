@@ -18,6 +18,7 @@ from nanovllm_cli.core.engine import Engine
 
 from .exit_code import CommandError, ExitCode
 from .feeder import Feeder, to_prompts
+from .files import as_text
 from .fingerprint import fingerprint
 from .finished import JobRecord
 from .first_rows import try_first_rows
@@ -147,9 +148,9 @@ def _exit_code(options: GenerateOptions, num_failed_rows: int) -> ExitCode:
 def _stats(options: GenerateOptions, totals: Totals, exit_code: ExitCode) -> dict[str, Any]:
     return {
         "nanovllm_version": __version__,
-        "model": options.model,
+        "model": as_text(options.model),
         "seed": options.seed,
-        "inputs": options.inputs,
+        "inputs": [as_text(name) for name in options.inputs],
         "exit_code": int(exit_code),
         **totals.as_dict(),
     }

@@ -318,6 +318,15 @@ def test_fewer_than_100_rows_have_no_error_rate(make: Make) -> None:
     assert make(mixed_rows(90)).run(max_error_rate=0.0)[0] == 3
 
 
+def test_a_name_that_is_no_unicode_does_not_spoil_the_end(make: Make) -> None:
+    folder = make(good_rows(5))
+    name = os.fsdecode(bytes(folder.path) + b"/\xff.jsonl")
+    os.rename(folder.input, name)
+    assert folder.run(inputs=[name]) == (0, 5)
+    assert folder.done(inputs=[name]) == 0
+    assert "dcff" in folder.stats["inputs"][0]
+
+
 # --- what is ours and what is not
 
 
