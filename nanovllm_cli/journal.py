@@ -7,7 +7,7 @@ a line for each row:
 
 What a crash tore off is cut before anything is appended, and a damaged line counts for nothing:
 its row runs again. Of two lines of one row the later counts (a failed row that was tried again).
-In memory a row is 21 bytes, wherever it came from.
+In memory a row is 21 bytes, with room for growth at most 32.
 """
 
 import os
@@ -251,7 +251,7 @@ class Journal:
     def _place(self, row: int, offset: int, key: int, length: int, kind: Kind) -> None:
         slot = row // self._shard.count
         if slot >= len(self._kinds):
-            num_new = max(slot + 1 - len(self._kinds), len(self._kinds), 1024)
+            num_new = max(slot + 1 - len(self._kinds), len(self._kinds) // 2, 1024)
             for column in (self._kinds, self._offsets, self._keys, self._lengths):
                 column.extend(bytes(num_new))
         self._counts[self._kinds[slot]] -= 1
