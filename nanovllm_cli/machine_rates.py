@@ -20,6 +20,7 @@ _GPU_BUFFER_BYTES = 2 << 30
 _CPU_BUFFER_BYTES = 128 << 20
 _MATRIX_SIZE = 8192
 _TIMES = 9
+_WARM_UP_SECONDS = 0.2
 
 
 def gpu_rates(dtype: torch.dtype) -> MachineRates:
@@ -68,8 +69,10 @@ def _gpu_matmul_rate(dtype: torch.dtype) -> float:
 
 
 def _median_gpu_seconds(work: Callable[[], object]) -> float:
-    for _ in range(3):
+    start = time.perf_counter()
+    while time.perf_counter() - start < _WARM_UP_SECONDS:  # an idle GPU's clocks take their time
         work()
+        torch.cuda.synchronize()
     events = []
     for _ in range(_TIMES + 1):
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
