@@ -8,19 +8,28 @@ own product is timed.
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from nanovllm_cli.core.matmul_rate import cpu_matmul_rate
+from nanovllm_cli.kernels.linear import ROWS_PER_TILE, linear_reference
 from nanovllm_cli.kernels.tile_sums import BLOCK, tile_sums
-
-from .roofline import MachineRates
 
 _GPU_BUFFER_BYTES = 2 << 30
 _CPU_BUFFER_BYTES = 128 << 20
 _MATRIX_SIZE = 8192
 _TIMES = 9
 _WARM_UP_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MachineRates:
+    """What the machine does at best, and how that was measured."""
+
+    bytes_per_second: float
+    flops_per_second: float
+    bytes_measured_by: str
+    flops_measured_by: str
 
 
 def gpu_rates(dtype: torch.dtype) -> MachineRates:
@@ -52,6 +61,16 @@ def cpu_rates(num_threads: int) -> MachineRates:
         bytes_measured_by=f"torch copies {buffer.nbytes / 2**20:.0f} MiB: read and written",
         flops_measured_by="the CPU path's float32 product",
     )
+
+
+def cpu_matmul_rate() -> float:
+    """FLOP/s of the CPU path's products, measured in some milliseconds."""
+    x, weight = torch.rand(ROWS_PER_TILE, 1024), torch.rand(4096, 1024)
+    linear_reference(x, weight)
+    start = time.perf_counter()
+    for _ in range(10):
+        linear_reference(x, weight)
+    return 10 * 2 * x.numel() * len(weight) / (time.perf_counter() - start)
 
 
 def _gpu_read_rate(num_tiles: int) -> float:

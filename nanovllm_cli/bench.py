@@ -17,6 +17,7 @@ import torch
 
 from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.errors import UserError
+from nanovllm_cli.core.machine_rates import MachineRates, cpu_rates, gpu_rates
 from nanovllm_cli.core.resolved_config import ResolvedConfig, resolve
 
 from .bench_compare import OldRecord
@@ -27,10 +28,9 @@ from .builtin_configs import builtin_config
 from .exit_code import CommandError, ExitCode
 from .files import io_errors
 from .machine import device_name, gpu_counters, seconds_since_process_start, software
-from .machine_rates import cpu_rates, gpu_rates
 from .measurement import measure
 from .models import resolve_model
-from .roofline import MachineRates, bound, loads
+from .roofline import bound, loads
 from .timed_pass import check_fits
 from .workloads import WORKLOADS, Workload
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
+from nanovllm_cli.core.machine_rates import MachineRates
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 
 from .bench_options import BenchOptions
 from .measurement import Measurement
-from .roofline import Bound, MachineRates
+from .roofline import Bound
 from .timed_pass import TimedPass
 from .workloads import Workload
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanovllm_cli.core.config import ModelConfig
-from nanovllm_cli.core.matmul_rate import cpu_matmul_rate
+from nanovllm_cli.core.machine_rates import cpu_matmul_rate
 from nanovllm_cli.core.resolved_config import resolve
 from nanovllm_cli.core.sampling_params import SamplingParams
 

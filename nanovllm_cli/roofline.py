@@ -18,17 +18,8 @@ from itertools import pairwise
 import numpy as np
 
 from nanovllm_cli.core.config import ModelConfig
+from nanovllm_cli.core.machine_rates import MachineRates
 from nanovllm_cli.core.request import TokenIds
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MachineRates:
-    """What the machine does at best, and how that was measured."""
-
-    bytes_per_second: float
-    flops_per_second: float
-    bytes_measured_by: str
-    flops_measured_by: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanovllm_cli.core.machine_rates import cpu_rates
 from nanovllm_cli.machine import device_name, git_commit, gpu_counters, software
-from nanovllm_cli.machine_rates import cpu_rates
 from nanovllm_cli.nvml import Nvml
 
 from .cli import ROOT
@@ -114,7 +114,7 @@ def test_a_cpu_has_a_name_and_rates() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_reads_faster_than_it_copies_and_counts_its_energy() -> None:
-    from nanovllm_cli.machine_rates import gpu_rates
+    from nanovllm_cli.core.machine_rates import gpu_rates
 
     rates = gpu_rates(torch.bfloat16)
     buffer = torch.rand(1 << 28, device="cuda")

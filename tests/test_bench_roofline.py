@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from nanovllm_cli.builtin_configs import builtin_config
-from nanovllm_cli.roofline import Load, MachineRates, bound, loads
+from nanovllm_cli.core.machine_rates import MachineRates
+from nanovllm_cli.roofline import Load, bound, loads
 from nanovllm_cli.workloads import WORKLOADS
 
 # An H200 as measured: read-only bandwidth, and cuBLAS bf16 at 8192 x 8192 x 8192.
