@@ -16,6 +16,7 @@ from .rows import BadRow, Row
 from .tokenizer import PromptTokenizer, TemplateError
 
 _ROWS_AT_ONCE = 256
+_WAIT_SECONDS = 0.2
 _CLOSE_SECONDS = 1.0
 
 
@@ -90,10 +91,10 @@ class Feeder:
         self._thread.start()
 
     def get(self, *, wait: bool) -> Fed | None:
-        """The next row in input order; None at the end, or, without `wait`, if none is ready."""
+        """The next row in input order; None at the end, or if none is ready, now or in a moment."""
         while not self._taken and not self._is_done:
             try:
-                chunk = self._queue.get(block=wait)
+                chunk = self._queue.get(block=wait, timeout=_WAIT_SECONDS)
             except queue.Empty:
                 return None
             if isinstance(chunk, BaseException):

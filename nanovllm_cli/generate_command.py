@@ -6,6 +6,7 @@ from typing import Any
 import typer
 
 from nanovllm_cli.core.config import EngineConfig
+from nanovllm_cli.core.engine_child import EngineChild
 from nanovllm_cli.core.errors import UserError
 
 from . import flags
@@ -122,25 +123,19 @@ def generate_command(
     offline: bool = option(
         False, "--offline", panel=flags.MODEL, help="Never ask the hub; as HF_HUB_OFFLINE=1."
     ),
-    max_model_len: int | None = option(
-        None, "--max-model-len", panel=flags.ENGINE, help="Prompt and completion at most."
-    ),
+    max_model_len: flags.MaxModelLen = None,
     device: flags.Device = flags.DEFAULTS.device,
     max_num_seqs: flags.MaxNumSeqs = None,
     max_num_batched_tokens: flags.MaxNumBatchedTokens = None,
     gpu_memory_utilization: flags.GpuMemoryUtilization = flags.DEFAULTS.gpu_memory_utilization,
     enforce_eager: flags.EnforceEager = False,
-    block_size: int = option(
-        flags.DEFAULTS.block_size, "--block-size", panel=flags.ENGINE,
-        help="Tokens of a KV block, the grain of prefix caching.",
-    ),
+    block_size: flags.BlockSize = flags.DEFAULTS.block_size,
+    attention_backend: flags.AttentionBackend = flags.DEFAULTS.attention_backend,
     kv_cache_memory: float | None = option(
         None, "--kv-cache-memory", panel=flags.ENGINE, metavar="GIB",
         help="Default: what the job needs.",
     ),
-    no_prefix_caching: bool = option(
-        False, "--no-prefix-caching", panel=flags.ENGINE, help="Compute every prompt in full."
-    ),
+    no_prefix_caching: flags.NoPrefixCaching = False,
     max_inflight: int | None = option(
         None, "--max-inflight", panel=flags.ENGINE, metavar="ROWS",
         help="Rows read ahead of the output; default: 4 x max-num-seqs, or 4096.",
@@ -169,6 +164,10 @@ def generate_command(
     ),
     quiet: bool = option(
         False, "--quiet", "-q", panel=flags.RUN, help="Silent unless something fails."
+    ),
+    single_process: bool = option(
+        False, "--single-process", panel=flags.RUN,
+        help="The engine in this process, for debugging: its death is the job's.",
     ),
     debug: flags.Debug = False,
     config: Path | None = typer.Option(
@@ -221,6 +220,7 @@ def generate_command(
                 block_size=block_size,
                 gpu_memory_utilization=gpu_memory_utilization,
                 enforce_eager=enforce_eager,
+                attention_backend=attention_backend,  # type: ignore[arg-type]  # likewise
                 kv_cache_bytes=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
                 enable_prefix_caching=not no_prefix_caching,
             ),
@@ -256,8 +256,16 @@ def generate_command(
 
             return run(options)
         with output_locks(options):
-            from .pipeline import generate
+            if single_process:
+                from .pipeline import generate
 
-            return generate(options)
+                return generate(options)
+            child = EngineChild()  # imports torch while this process imports what it needs
+            try:
+                from .pipeline import generate_supervised
+
+                return generate_supervised(options, child)
+            finally:
+                child.kill()  # nothing is left to kill where the job has closed it
 
     raise typer.Exit(run_job(job, debug=debug))

@@ -8,6 +8,7 @@ from typing import Any
 import xxhash
 
 from nanovllm_cli.core.engine import Engine
+from nanovllm_cli.core.engine_process import EngineProcess
 from nanovllm_cli.core.request import (
     Completion,
     Failure,
@@ -51,7 +52,7 @@ class Job:
         options: GenerateOptions,
         *,
         sampling: dict[str, Any],
-        engine: Engine,
+        engine: Engine | EngineProcess,
         tokenizer: PromptTokenizer,
         feeder: Feeder,
         output: JobOutput,
@@ -77,6 +78,7 @@ class Job:
                 break
             for output in self._engine.step():
                 self._take(output)
+            self._say_restarts(progress)
             self._output.flush()
             progress.update()
         self._output.flush()
@@ -88,6 +90,12 @@ class Job:
         What is done by then is in the output's journal.
         """
         self._give_up = time.monotonic() + drain_seconds
+
+    def _say_restarts(self, progress: Progress) -> None:
+        engine = self._engine
+        if isinstance(engine, EngineProcess) and engine.num_restarts > self._totals.num_restarts:
+            self._totals.num_restarts = engine.num_restarts
+            progress.say(f"{engine.last_death}; it is started again, and its rows with it")
 
     def _feed(self) -> None:
         """Queue rows in the engine up to the limit; wait for one only where there is no other."""
@@ -112,17 +120,13 @@ class Job:
     def _start(self, fed: TokenizedPrompt) -> None:
         prompt, options = fed.prompt, self._options
         num_samples = prompt.n or options.n
-        stop = prompt.stop or options.stop
         fields = {**self._sampling, **prompt.sampling}
         row_seed = fields.pop("seed", None)
         self._running[prompt.index] = _RunningRow(
             prompt,
             fed.token_ids,
             [None] * num_samples,
-            [
-                StopStrings(stop, self._tokenizer.decode) if stop else None
-                for _ in range(num_samples)
-            ],
+            [self._watcher(prompt) for _ in range(num_samples)],
         )
         for sample in range(num_samples):
             try:
@@ -136,12 +140,16 @@ class Job:
                     request_id=prompt.index * _SAMPLES_PER_ROW + sample,
                     prompt_token_ids=fed.token_ids,
                     sampling=sampling,
-                    reports_tokens=bool(stop),
+                    reports_tokens=bool(prompt.stop or options.stop),
                 )
             )
             if failure is not None:
                 self._take(failure)
                 return
+
+    def _watcher(self, prompt: Prompt) -> StopStrings | None:
+        stop = prompt.stop or self._options.stop
+        return StopStrings(stop, self._tokenizer.decode) if stop else None
 
     def _take(self, output: Output) -> None:
         index, sample = divmod(output.request_id, _SAMPLES_PER_ROW)
@@ -151,6 +159,8 @@ class Job:
         if isinstance(output, Failure):
             self._fail(bad_row(row.prompt, output.code, output.message))
         elif isinstance(output, NewTokens):
+            if output.starts_anew:
+                row.watchers[sample] = self._watcher(row.prompt)
             watcher = row.watchers[sample]
             assert watcher is not None, "only a watched request reports its tokens"
             if watcher.add(output.token_ids.tolist()):

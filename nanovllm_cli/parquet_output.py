@@ -13,6 +13,7 @@ from .inputs import Source
 from .results import RESULT_COLUMNS
 
 _ROWS_AT_ONCE = 1024
+_MAX_DEPTH = 32  # levels of a value; a list makes two of the 100 that readers of Parquet take
 _SAMPLE = pa.struct(
     {"completion": pa.string(), "reasoning": pa.string(), "finish_reason": pa.string()}
 )
@@ -107,7 +108,8 @@ def _schema(lines: Lines, inputs: pa.Schema | None) -> pa.Schema | None:
             elif inputs is None:
                 found = _type_of([row.get(name) for row in rows])
                 types[name] = _unify(types[name], found) if name in types else found
-    types = {n: pa.string() if inputs is None and _is_empty(t) else t for n, t in types.items()}
+    if inputs is None:
+        types = {n: pa.string() if _cannot_be_kept(t) else t for n, t in types.items()}
     results = [name for name in RESULT_COLUMNS if name in types]
     names = [name for name in types if name not in results] + results
     return pa.schema([(name, types[name]) for name in names])
@@ -118,6 +120,15 @@ def _type_of(values: list[Any]) -> pa.DataType:
         return pa.array(values).type
     except (pa.ArrowException, OverflowError):
         return pa.string()  # mixed, or beyond 64 bits: as JSON text
+
+
+def _cannot_be_kept(kind: pa.DataType) -> bool:
+    """Whether Parquet has no such type, or readers do not take it."""
+    return _is_empty(kind) or _depth(kind) > _MAX_DEPTH
+
+
+def _depth(kind: pa.DataType) -> int:
+    return 1 + max((_depth(kind.field(at).type) for at in range(kind.num_fields)), default=0)
 
 
 def _is_empty(kind: pa.DataType) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 from nanovllm_cli import __version__
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.engine import Engine
+from nanovllm_cli.core.engine_child import EngineChild
+from nanovllm_cli.core.engine_process import EngineProcess
 
 from .exit_code import CommandError, ExitCode
 from .feeder import Feeder, to_prompts
@@ -32,12 +34,18 @@ from .rows import BadRow, Row, check_inputs, read_rows
 from .tokenizer import PromptTokenizer
 from .totals import Totals
 
-LoadEngine = Callable[[Path, EngineConfig], Engine]
+AnyEngine = Engine | EngineProcess
+LoadEngine = Callable[[Path, EngineConfig], AnyEngine]
 
 
 def load_engine(path: Path, config: EngineConfig) -> Engine:
     """The engine with the checkpoint in the directory `path`."""
     return Engine.from_checkpoint(path, config)
+
+
+def generate_supervised(options: GenerateOptions, child: EngineChild) -> ExitCode:
+    """`generate` with the engine in `child`, whose death costs a restart and not the job."""
+    return generate(options, partial(EngineProcess, child=child))
 
 
 def generate(options: GenerateOptions, load: LoadEngine = load_engine) -> ExitCode:
@@ -91,13 +99,14 @@ def _run(
     load: LoadEngine,
 ) -> None:
     """Load the model and run what is missing in the output."""
-    feeder = None
+    feeder = engine = None
     try:
         with totals.phase("load"):
+            engine = load(model, options.engine)  # a process of its own loads meanwhile
             tokenizer = load_tokenizer(options, model)
             prompts = output.missing(to_prompts(output.watch(rows), options.prompt))
             feeder = Feeder(prompts, tokenizer, options.rows_in_flight)
-            engine = load(model, options.engine)
+            totals.attention_backend = engine.attention_backend
         totals.engine = engine.stats
         job = Job(
             options,
@@ -113,6 +122,8 @@ def _run(
     finally:
         if feeder is not None:
             feeder.close()
+        if isinstance(engine, EngineProcess):
+            engine.close()
     if not is_done:
         raise CommandError(
             f"{totals.num_failed_rows} rows failed, a larger share than --max-error-rate "

@@ -89,7 +89,9 @@ class Progress:
         stats = self._totals.as_dict()
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         rows, tokens, rates = stats["rows"], stats["tokens"], stats["throughput"]
-        table.add_row("rows", f"{rows['completed']} completed, {rows['failed']} failed")
+        earlier = f" ({rows['resumed']} by an earlier run)" if rows["resumed"] else ""
+        done = f"{rows['completed']} completed{earlier}, {rows['failed']} failed"
+        table.add_row("rows", done)
         table.add_row("prompt tokens", f"{tokens['prompt']}, {tokens['cached']} from the cache")
         table.add_row("completion tokens", f"{tokens['completion']}")
         table.add_row(

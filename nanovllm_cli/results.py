@@ -16,6 +16,7 @@ import xxhash
 
 from nanovllm_cli.core.request import FinishReason
 
+from .files import as_text
 from .prompts import Prompt
 from .rows import BadRow
 
@@ -55,7 +56,7 @@ def error_line(row: BadRow) -> bytes:
     """A failed row as one line of JSON for the errors file."""
     name = {} if row.id is None else {"id": row.id}
     error = {"code": row.code, "message": row.message}
-    return orjson.dumps({**name, "source": row.source, "line": row.line, "error": error})
+    return orjson.dumps({**name, "source": as_text(row.source), "line": row.line, "error": error})
 
 
 def _join(prompt: Prompt, result: dict[str, Any]) -> bytes:

@@ -19,7 +19,8 @@ def run_job(job: Callable[[], ExitCode], *, debug: bool) -> ExitCode:
     except BrokenPipeError:
         return end_for_closed_pipe()
     except KeyboardInterrupt:
-        return report("interrupted; nothing was published", None, ExitCode.INTERRUPTED)
+        message = "interrupted; what is done is kept, and the same line goes on from it"
+        return report(message, None, ExitCode.INTERRUPTED)
     except UserError as error:
         if debug:
             traceback.print_exc()

@@ -24,6 +24,8 @@ class Totals:
     errors: Counter[str] = field(default_factory=Counter)  # failed rows by code
     finish_reasons: Counter[str] = field(default_factory=Counter)  # of this run's rows
     engine: EngineStats = field(default_factory=EngineStats)
+    attention_backend: str | None = None
+    num_restarts: int = 0  # of the engine
     phases: dict[str, float] = field(default_factory=dict)  # seconds
     started: float = field(default_factory=time.perf_counter)
     _open_phases: dict[str, float] = field(default_factory=dict)  # when each began
@@ -95,6 +97,8 @@ class Totals:
                 "decode_steps": engine.num_decode_steps,
                 "mean_batch": round(engine.num_decode_slots / max(engine.num_decode_steps, 1), 2),
                 "preemptions": engine.num_preemptions,
+                "attention_backend": self.attention_backend,
+                "restarts": self.num_restarts,
                 "prefill_seconds": round(engine.prefill_seconds, 3),
                 "decode_seconds": round(engine.decode_seconds, 3),
             },
