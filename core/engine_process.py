@@ -156,7 +156,7 @@ class EngineProcess:
     def _facts(self) -> dict[str, Any]:
         while self._known is None:
             if self._child.death is not None:
-                raise self._child.death
+                self._recover(self._child.death)  # no request is there yet to come of it
             self._exchange(_STEP_SECONDS)
         return self._known
 
@@ -224,9 +224,9 @@ class EngineProcess:
         """Start the engine once more; what comes of those in flight, or raises where it is over."""
         self._num_deaths_in_a_row += 1
         self.last_death = death.message
-        if self._known is None:
-            raise death  # it would not load another time either
-        if self._num_deaths_in_a_row == _MAX_DEATHS_IN_A_ROW:
+        if self._known is None and not isinstance(death, EngineDied):
+            raise death  # it said why, and would say so again
+        if self._num_deaths_in_a_row >= _MAX_DEATHS_IN_A_ROW:
             raise EngineDied(
                 f"{death.message}; that makes {_MAX_DEATHS_IN_A_ROW} deaths without a completion "
                 "between",

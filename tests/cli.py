@@ -81,15 +81,18 @@ def shell(line: str, *, cwd: Path, env: Mapping[str, str] | None = None) -> Run:
 
 
 def call(*arguments: str | Path, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> Run:
-    """What `run` does, in this process."""
+    """What `run` does, in this process, the engine too."""
     stdout, stderr = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
+    alone = {"NANOVLLM_SINGLE_PROCESS": "1"}
     clean = {name: value for name, value in os.environ.items() if "NANOVLLM" not in name}
     with (
         redirect_stdout(stdout),
         redirect_stderr(stderr),
         mock.patch.object(sys, "argv", ["nanovllm", *map(str, arguments)]),
         mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))),
-        mock.patch.dict(os.environ, {**clean, "COLUMNS": "200", **(env or {})}, clear=True),
+        mock.patch.dict(
+            os.environ, {**clean, **alone, "COLUMNS": "200", **(env or {})}, clear=True
+        ),
     ):
         try:
             app.main()
