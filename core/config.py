@@ -170,6 +170,7 @@ class EngineConfig:
 
     device: Device = "auto"  # a GPU where there is one
     dtype: DType = "auto"  # bfloat16 on a GPU, float32 on a CPU
+    tensor_parallel_size: int = 1  # ranks, a GPU each
     max_model_len: int | None = None  # None: what the model was made for
     max_num_seqs: int | None = None  # None: 256 on a CPU, 1024 on a GPU
     max_num_batched_tokens: int | None = None  # None: 8192 on a CPU, 16384 on a GPU
@@ -193,7 +194,7 @@ class EngineConfig:
             if value not in choices:
                 raise UserError(f"{name} is {value!r}", f"Choose one of {', '.join(choices)}.")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes",
-                     "max_window_steps", "num_threads"):  # fmt: skip
+                     "max_window_steps", "num_threads", "tensor_parallel_size"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")

@@ -52,12 +52,13 @@ class CpuRunner:
     """Runs launches one after the other, in the order they come."""
 
     def __init__(self, model: Qwen3, config: ResolvedConfig) -> None:
-        sizes, weight = model.config, model.embed_tokens.weight
+        sizes, weight = model.part, model.embed_tokens.weight
         self._model = model
         self._threads = CpuThreads(config.num_threads)
         self._block_size = config.block_size
         self._group_size = sizes.num_attention_heads // sizes.num_key_value_heads
-        self.num_blocks = num_kv_blocks(_kv_bytes(config, sizes), sizes, config)
+        kv_bytes = model.parallel.minimum(_kv_bytes(config, sizes))
+        self.num_blocks = num_kv_blocks(kv_bytes, sizes, config)
         self._kv_caches = allocate_kv_caches(self.num_blocks, sizes, config)
         self._table = SlotTable(config.max_num_seqs, blocks_per_sequence(config), weight.device)
         # Whether all that was ever stored in the pages is: a K or V that is not makes its own

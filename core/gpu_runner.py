@@ -79,7 +79,7 @@ class GpuRunner:
     @gpu_errors(is_start=True)
     def __init__(self, model: Qwen3, config: ResolvedConfig) -> None:
         assert config.attention_backend is not None, "resolved for a CPU"
-        sizes = model.config
+        sizes = model.part
         max_num_seqs = config.max_num_seqs
         self._device = device = model.embed_tokens.weight.device
         self._model = model
@@ -116,6 +116,7 @@ class GpuRunner:
             if kv_cache_bytes is None:
                 kv_cache_bytes = self._free_bytes(config)
             self._kv_caches = []  # gives its memory back before the real one takes it
+            kv_cache_bytes = model.parallel.minimum(kv_cache_bytes)
             self.num_blocks = num_kv_blocks(kv_cache_bytes, sizes, config)
             self._kv_caches = allocate_kv_caches(self.num_blocks, sizes, config)
             if not config.enforce_eager:
@@ -284,12 +285,17 @@ class GpuRunner:
         peak = torch.cuda.max_memory_allocated(self._device)
         others = total - free - torch.cuda.memory_reserved(self._device)
         torch.cuda.empty_cache()
-        return int(total * config.gpu_memory_utilization) - others - peak - _GRAPH_BYTES
+        kept = _GRAPH_BYTES
+        if config.tensor_parallel_size > 1:  # every rank's logits, and the same side by side
+            model = self._model
+            kept += 2 * config.max_num_seqs * model.config.vocab_size * model.norm.weight.itemsize
+        return int(total * config.gpu_memory_utilization) - others - peak - kept
 
     def _compile_kernels(self) -> None:
         """Run every kernel once, on the idle slot."""
-        weight = self._model.embed_tokens.weight
-        logits = torch.zeros(1, len(weight), dtype=weight.dtype, device=self._device)
+        dtype = self._model.embed_tokens.weight.dtype
+        vocab_size = self._model.config.vocab_size
+        logits = torch.zeros(1, vocab_size, dtype=dtype, device=self._device)
         run_side_by_side(
             [
                 lambda: self._sample(logits, self._slots[:1]),
@@ -302,7 +308,8 @@ class GpuRunner:
                     self._plan,
                     self._attention_backend,
                 ),
-            ]
+            ],
+            self._device,
         )
         torch.cuda.synchronize(self._device)
 

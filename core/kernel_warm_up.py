@@ -30,7 +30,7 @@ def layer_kernels(
 
     block_tables: int32 [num_slots, max_blocks], of the scratch block.
     """
-    sizes, weight = model.config, model.embed_tokens.weight
+    sizes, weight = model.part, model.embed_tokens.weight
     layer = cast(DecoderLayer, model.layers[0])
     k, v = kv_cache.k, kv_cache.v
 
@@ -86,11 +86,11 @@ def layer_kernels(
     ]
 
 
-def run_side_by_side(calls: Sequence[Callable[[], object]]) -> None:
-    """Each call in a thread of its own; raises what one of them raises."""
+def run_side_by_side(calls: Sequence[Callable[[], object]], device: torch.device) -> None:
+    """Each call in a thread of its own, with this GPU; raises what one of them raises."""
 
     def run(call: Callable[[], object]) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.cuda.device(device):
             call()
 
     with ThreadPoolExecutor(len(calls), thread_name_prefix="warm-up") as pool:

@@ -1,6 +1,6 @@
 """The layers Qwen3 is made of: linear, embedding, RMSNorm and the rotary tables.
 
-A layer only holds its weight and picks the implementation for the device it lies on.
+A layer only holds its rank's part of a weight, and picks the implementation for its device.
 """
 
 import math
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm_cli.core.config import RopeConfig
+from nanovllm_cli.core.parallel import ALONE, Shard, TensorParallel, whole
 from nanovllm_cli.kernels.linear import linear
 from nanovllm_cli.kernels.rms_norm import add_rms_norm
 
@@ -17,15 +18,18 @@ from nanovllm_cli.kernels.rms_norm import add_rms_norm
 class Linear(nn.Module):
     """x @ weight.T; several checkpoint matrices with one input are stacked into one weight.
 
-    weight: [sum(out_features), in_features].
+    weight: [sum(out_features), in_features], of each the part that this rank holds.
     """
 
-    def __init__(self, in_features: int, *out_features: int) -> None:
+    def __init__(self, in_features: int | Shard, *out_features: int | Shard) -> None:
         super().__init__()
-        self.out_features = out_features
-        weight = torch.empty(sum(out_features), in_features)
+        self.in_shard = _as_shard(in_features)
+        self.out_shards = [_as_shard(features) for features in out_features]
+        num_inputs = self.in_shard.length
+        num_outputs = sum(shard.length for shard in self.out_shards)
+        weight = torch.empty(num_outputs, num_inputs)
         if weight.is_cpu:  # laid out as products read it: 1.5 times as fast
-            weight = torch.empty(in_features, sum(out_features)).t()
+            weight = torch.empty(num_inputs, num_outputs).t()
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,16 +37,39 @@ class Linear(nn.Module):
         return linear(x, self.weight)
 
 
-class Embedding(nn.Module):
-    """One row a token id. weight: [vocab_size, hidden_size]."""
+class RowParallelLinear(Linear):
+    """A Linear cut by its inputs: each rank's product is a term of the whole one."""
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, in_features: Shard, out_features: int, parallel: TensorParallel) -> None:
+        super().__init__(in_features, out_features)
+        self.parallel = parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [num_rows, this rank's in_features] -> [num_rows, out_features], summed over ranks."""
+        out = self.parallel.buffer(len(x), len(self.weight))
+        if out is None:
+            return self.parallel.sum(linear(x, self.weight))
+        return self.parallel.sum(torch.mm(x, self.weight.t(), out=out))
+
+
+class Embedding(nn.Module):
+    """One row a token id. weight: [this rank's part of the vocabulary, hidden_size]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, parallel: TensorParallel = ALONE) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size), requires_grad=False)
+        self.parallel = parallel
+        self.shard = parallel.shard(vocab_size)
+        weight = torch.empty(self.shard.length, hidden_size)
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: int64 [num_tokens] -> [num_tokens, hidden_size]."""
-        return self.weight[token_ids]
+        if self.parallel.size == 1:
+            return self.weight[token_ids]
+        own_ids = token_ids - self.shard.start
+        rows = own_ids.clamp(0, self.shard.length - 1)
+        is_own = (rows == own_ids).unsqueeze(1)
+        return self.parallel.sum(torch.where(is_own, self.weight[rows], 0.0))
 
 
 class RMSNorm(nn.Module):
@@ -98,3 +125,7 @@ def _yarn(rope: RopeConfig, frequencies: Tensor, head_dim: int) -> tuple[Tensor,
     if scale is None:
         scale = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
     return frequencies / rope.factor * ramp + frequencies * (1 - ramp), scale
+
+
+def _as_shard(features: int | Shard) -> Shard:
+    return features if isinstance(features, Shard) else whole(features)

@@ -6,6 +6,7 @@ that we hold stacked (q, k, v and gate, up) are copied into their rows of the st
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanovllm_cli.core.errors import ModelError
-from nanovllm_cli.core.layers import Linear
+from nanovllm_cli.core.layers import Embedding, Linear
+from nanovllm_cli.core.parallel import Shard, whole
 from nanovllm_cli.core.qwen3 import Qwen3
 
 _STACKS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -44,9 +46,33 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a tensor of the checkpoint goes: the part that this rank holds of it."""
+
+    tensor: Tensor  # a parameter, or rows of one
+    shards: tuple[Shard, ...]  # of the checkpoint's tensor, one for each dimension
+
+    @property
+    def shape(self) -> list[int]:
+        """The whole tensor's."""
+        return [shard.whole for shard in self.shards]
+
+    @property
+    def part(self) -> tuple[slice, ...]:
+        return tuple(slice(shard.start, shard.stop) for shard in self.shards)
+
+    def fill(self, values: Tensor) -> None:
+        """values: of `part`. What is padding stays as it is."""
+        self.tensor[tuple(slice(0, size) for size in values.shape)].copy_(values)
+
+
 def load_weights(model: Qwen3, path: Path) -> None:
-    """Fill `model`'s parameters from the checkpoint in `path`, converting to their dtype."""
-    targets = _targets(model)
+    """Fill `model`'s parameters from the checkpoint in `path`, converting to their dtype.
+
+    Of a matrix that the ranks share out only this rank's part is read.
+    """
+    targets = targets_of(model)
     loaded: set[str] = set()
     for file in weight_files(path):
         try:
@@ -57,13 +83,13 @@ def load_weights(model: Qwen3, path: Path) -> None:
                     if name not in targets:
                         raise ModelError(f"{file} holds an unexpected tensor {name!r}")
                     target = targets[name]
-                    shape = list(tensors.get_slice(name).get_shape())
-                    if shape != list(target.shape):
+                    stored = tensors.get_slice(name)
+                    if stored.get_shape() != target.shape:
                         raise ModelError(
-                            f"{file}: {name} has the shape {shape}; "
-                            f"config.json asks for {list(target.shape)}"
+                            f"{file}: {name} has the shape {stored.get_shape()}; "
+                            f"config.json asks for {target.shape}"
                         )
-                    target.copy_(tensors.get_tensor(name))
+                    target.fill(stored[target.part])
                     loaded.add(name)
         except SafetensorError as error:
             raise ModelError(f"{file} is not a whole safetensors file: {error}") from None
@@ -76,32 +102,43 @@ def load_weights(model: Qwen3, path: Path) -> None:
         )
 
 
-def _targets(model: Qwen3) -> dict[str, Tensor]:
-    """Where each tensor of the checkpoint goes: its name -> a parameter, or rows of one."""
+def load_random_weights(model: Qwen3, seed: int = 0) -> None:
+    """Fill `model` with random weights of a trained model's scale, on its own device.
+
+    They are the same for any number of ranks: each draws whole tensors and keeps its part.
+    """
+    weight = model.embed_tokens.weight
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    for name, target in targets_of(model).items():
+        if name.endswith("norm.weight"):
+            target.tensor.fill_(1.0)
+        else:
+            drawn = torch.empty(target.shape, dtype=weight.dtype, device=weight.device)
+            target.fill(drawn.normal_(0.0, 0.02, generator=generator)[target.part])
+
+
+def targets_of(model: Qwen3) -> dict[str, Target]:
+    """Where each tensor of the checkpoint goes, by its name."""
     return {
         name if name.startswith("lm_head") else f"model.{name}": target
-        for name, target in _named_parts(model)
+        for name, target in _named_targets(model)
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     }
 
 
-def _named_parts(model: Qwen3) -> Iterator[tuple[str, Tensor]]:
+def _named_targets(model: Qwen3) -> Iterator[tuple[str, Target]]:
     for module_name, module in model.named_modules():
         parent, _, own_name = module_name.rpartition(".")
-        if isinstance(module, Linear) and own_name in _STACKS:
-            parts = torch.split(module.weight.detach(), list(module.out_features))
-            for part_name, part in zip(_STACKS[own_name], parts, strict=True):
-                yield f"{parent}.{part_name}.weight", part
+        if isinstance(module, Linear):
+            lengths = [shard.length for shard in module.out_shards]
+            rows = torch.split(module.weight.detach(), lengths)
+            names = [f"{parent}.{name}" for name in _STACKS.get(own_name, ())] or [module_name]
+            for name, part, shard in zip(names, rows, module.out_shards, strict=True):
+                yield f"{name}.weight", Target(part, (shard, module.in_shard))
+        elif isinstance(module, Embedding):
+            weight = module.weight.detach()
+            yield f"{module_name}.weight", Target(weight, (module.shard, whole(weight.shape[1])))
         else:
             for name, parameter in module.named_parameters(recurse=False):
-                yield f"{module_name}.{name}", parameter.detach()
-
-
-def load_random_weights(model: Qwen3, seed: int = 0) -> None:
-    """Fill `model` with random weights of a trained model's scale, on its own device."""
-    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
-    for name, target in _targets(model).items():
-        if name.endswith("norm.weight"):
-            target.fill_(1.0)
-        else:
-            target.normal_(0.0, 0.02, generator=generator)
+                shards = tuple(map(whole, parameter.shape))
+                yield f"{module_name}.{name}", Target(parameter.detach(), shards)

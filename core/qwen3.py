@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from nanovllm_cli.core.attention import AttentionPlan
 from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.kv_cache import KVCache
-from nanovllm_cli.core.layers import Embedding, Linear, RMSNorm, RotaryTables, rotary_tables
+from nanovllm_cli.core.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    RotaryTables,
+    RowParallelLinear,
+    rotary_tables,
+)
+from nanovllm_cli.core.parallel import ALONE, TensorParallel
 from nanovllm_cli.kernels.qk_norm_rope_store import qk_norm_rope_store
 from nanovllm_cli.kernels.swiglu import swiglu
 
@@ -18,12 +26,12 @@ from nanovllm_cli.kernels.swiglu import swiglu
 class Attention(nn.Module):
     """Grouped-query attention with normalized and rotated q and k."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        q_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.qkv_proj = Linear(config.hidden_size, q_size, kv_size, kv_size)
-        self.o_proj = Linear(q_size, config.hidden_size)
+        q = parallel.shard(config.num_attention_heads * config.head_dim)
+        kv = parallel.kv_shard(config.num_key_value_heads, config.head_dim)
+        self.qkv_proj = Linear(config.hidden_size, q, kv, kv)
+        self.o_proj = RowParallelLinear(q, config.hidden_size, parallel)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -49,11 +57,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        size = config.intermediate_size
-        self.gate_up_proj = Linear(config.hidden_size, size, size)
-        self.down_proj = Linear(size, config.hidden_size)
+        shard = parallel.shard(config.intermediate_size)
+        self.gate_up_proj = Linear(config.hidden_size, shard, shard)
+        self.down_proj = RowParallelLinear(shard, config.hidden_size, parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [num_tokens, hidden_size] -> the same shape."""
@@ -61,12 +69,12 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, parallel)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, parallel)
 
     def forward(
         self,
@@ -83,15 +91,21 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """The whole model. Its weights are uninitialized until the loader fills them."""
+    """The whole model, or one rank's part. Its weights are uninitialized until they are loaded."""
 
-    def __init__(self, config: ModelConfig, max_model_len: int) -> None:
+    def __init__(
+        self, config: ModelConfig, max_model_len: int, parallel: TensorParallel = ALONE
+    ) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.parallel = parallel
+        self.part = parallel.part_of(config)  # the sizes of what this rank holds
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, parallel)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, parallel) for _ in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Linear(config.hidden_size, parallel.shard(config.vocab_size))
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         self.rotary = rotary_tables(config.rope, config.head_dim, max_model_len)
@@ -107,5 +121,5 @@ class Qwen3(nn.Module):
         return self.norm.add(x, residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [num_rows, hidden_size] -> [num_rows, vocab_size]."""
-        return self.lm_head(hidden)
+        """hidden: [num_rows, hidden_size] -> [num_rows, vocab_size], the same on every rank."""
+        return self.parallel.join_columns(self.lm_head(hidden), self.config.vocab_size)

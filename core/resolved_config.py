@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from nanovllm_cli.core.attention_backend import AttentionBackend, choose_attention_backend
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
@@ -20,6 +21,7 @@ class ResolvedConfig:
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16", "float16"]
+    tensor_parallel_size: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -58,6 +60,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
             f"attention_backend is {config.attention_backend!r}, and the job runs on a CPU",
             "Leave out --attention-backend: a CPU has one way to attend.",
         )
+    if config.tensor_parallel_size > 1:
+        check_ranks(config.tensor_parallel_size, device, model)
     longest = model.max_context
     if (config.max_model_len or 1) > longest:
         raise UserError(
@@ -71,6 +75,7 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     return ResolvedConfig(
         device=device,
         dtype=dtype,
+        tensor_parallel_size=config.tensor_parallel_size,
         max_model_len=config.max_model_len or longest,
         max_num_seqs=choose(config.max_num_seqs, 256, 1024),
         max_num_batched_tokens=choose(config.max_num_batched_tokens, 8192, 16384),
@@ -82,7 +87,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
         attention_backend=backend,
         max_window_steps=choose(config.max_window_steps, 1, 32),
         max_launches_in_flight=choose(config.max_launches_in_flight, 0, 1),
-        num_threads=config.num_threads,
+        # One: the sums of a rank's threads would get among each other.
+        num_threads=config.num_threads if config.tensor_parallel_size == 1 else 1,
         hash_bits=config.hash_bits,
     )
 
@@ -102,3 +108,38 @@ def check_gpu() -> None:
             "there is a GPU, and no Triton for its kernels",
             "Install triton beside this torch, or run on the CPU with --device cpu.",
         )
+
+
+def check_ranks(size: int, device: str, model: ModelConfig) -> None:
+    """Raise UserError where the model, the GPUs or this torch cannot be shared out to ranks."""
+    what = f"tensor_parallel_size is {size}"
+    why_not = _why_not(size, model)
+    if why_not is not None:
+        possible = [n for n in range(1, model.num_attention_heads + 1) if not _why_not(n, model)]
+        hint = f"Choose one of {', '.join(map(str, possible))}."
+        raise UserError(f"{what}, and the model has {why_not}", hint)
+    is_gpu = device == "cuda"
+    if is_gpu and size > torch.cuda.device_count():
+        raise UserError(
+            f"{what}, and this job sees {torch.cuda.device_count()} GPUs",
+            "Each rank needs a GPU of its own; CUDA_VISIBLE_DEVICES may hide some.",
+        )
+    has_collectives = dist.is_available() and (
+        dist.is_nccl_available() if is_gpu else dist.is_gloo_available()
+    )
+    if not has_collectives:
+        raise UserError(
+            f"{what}, and this torch has no {'NCCL' if is_gpu else 'gloo'} to connect ranks with",
+            "Install a torch that has it, or leave out --tensor-parallel-size.",
+        )
+
+
+def _why_not(size: int, model: ModelConfig) -> str | None:
+    """What of a model so many ranks cannot share out."""
+    if model.num_attention_heads % size:
+        return f"{model.num_attention_heads} attention heads"
+    if model.num_key_value_heads % size and size % model.num_key_value_heads:
+        return f"{model.num_key_value_heads} key/value heads: neither divides the other"
+    if model.intermediate_size % size:
+        return f"an intermediate size of {model.intermediate_size}"
+    return None

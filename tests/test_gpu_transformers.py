@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from nanovllm_cli.core.batch import Admission, BlockTableUpdate, DecodeBatch, PrefillBatch
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.engine import Engine, build_model
-from nanovllm_cli.core.loader import _targets, load_random_weights
+from nanovllm_cli.core.loader import load_random_weights, targets_of
 from nanovllm_cli.core.qwen3 import Qwen3
 
 from .gpu_tests import QWEN3_0_6B, HiddenStates, answers, ask, model_config
@@ -149,7 +149,8 @@ def twin(ours: Qwen3, case: Case) -> Qwen3ForCausalLM:
             model = Qwen3ForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
-    missing, unexpected = model.load_state_dict(_targets(ours), strict=False)
+    weights = {name: target.tensor for name, target in targets_of(ours).items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}, "the tied one"
     return model
