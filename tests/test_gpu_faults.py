@@ -73,7 +73,7 @@ class Jobs:
         if phase == "load":
             time.sleep(1.0)
         elif phase == "capture":  # comes after the KV cache's allocation
-            until(lambda: gpu_megabytes() > self.idle_megabytes + 50_000, 40)
+            until(lambda: gpu_megabytes() > self.idle_megabytes + 5_000, 40)
         else:
             until(lambda: journal.exists() and journal.stat().st_size > 1_000_000, 60)
         return engine
