@@ -5,6 +5,7 @@ name that two jobs could share; what gloo and NCCL connect stays on the loopback
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.distributed import _symmetric_memory as symmetric_memory
 
-from nanovllm_cli.core.parallel import Collectives
-from nanovllm_cli.core.resolved_config import ResolvedConfig
+from nanovllm_cli.core.config import EngineConfig, ModelConfig
+from nanovllm_cli.core.parallel import Collectives, TensorParallel
+from nanovllm_cli.core.resolved_config import resolve
 
 Way = Literal["one-shot", "two-shot", "nccl"]
 
@@ -37,17 +39,36 @@ _TIMEOUT = timedelta(minutes=10)  # a rank's death is seen sooner, by its proces
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def connect(rank: int, store_fd: int, config: ResolvedConfig, *, hidden_size: int) -> Collectives:
-    """Meet the other ranks; on a GPU this rank's becomes the current one."""
+def connect(
+    rank: int,
+    store_fd: int,
+    config: EngineConfig,
+    sizes: ModelConfig,
+    *,
+    meet: Callable[[], None],
+) -> TensorParallel:
+    """Meet the other ranks; on a GPU this rank's becomes the current one.
+
+    meet: returns when all have come as far; raises where one has ended.
+    """
     os.environ.update({**_ENVIRONMENT, **os.environ})
-    store = FileStore(f"/proc/self/fd/{store_fd}", config.tensor_parallel_size)
-    if config.device == "cpu":
-        return CpuCollectives(rank, config.tensor_parallel_size, store)
-    rows = max(config.max_num_batched_tokens, config.max_num_seqs)
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return GpuCollectives(
-        rank, config.tensor_parallel_size, store, num_elements=rows * hidden_size, dtype=dtype
-    )
+    resolved = resolve(config, sizes)
+    size = resolved.tensor_parallel_size
+    meet()
+    store = FileStore(f"/proc/self/fd/{store_fd}", size)
+    collectives: Collectives
+    if resolved.device == "cpu":
+        collectives = CpuCollectives(rank, size, store)
+    else:
+        rows = max(resolved.max_num_batched_tokens, resolved.max_num_seqs)
+        collectives = GpuCollectives(
+            rank,
+            size,
+            store,
+            num_elements=rows * sizes.hidden_size,
+            dtype=getattr(torch, resolved.dtype),
+        )
+    return TensorParallel(rank, size, collectives)
 
 
 class CpuCollectives:

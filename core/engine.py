@@ -6,6 +6,7 @@
 
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.cpu_runner import CpuRunner
 from nanovllm_cli.core.gpu_errors import check_weights_fit, gpu_errors
 from nanovllm_cli.core.gpu_runner import GpuRunner
-from nanovllm_cli.core.loader import load_weights
+from nanovllm_cli.core.loader import load_random_weights, load_weights
+from nanovllm_cli.core.parallel import ALONE, TensorParallel
 from nanovllm_cli.core.qwen3 import Qwen3
+from nanovllm_cli.core.rank_group import RankGroup, start_ranks
 from nanovllm_cli.core.request import Failure, Output, Request
 from nanovllm_cli.core.resolved_config import resolve
 from nanovllm_cli.core.runner import Launch, Runner
@@ -31,12 +34,16 @@ class Engine:
     Raises ModelError for a checkpoint that cannot be used and MemoryTooSmall.
     """
 
-    def __init__(self, model: Qwen3, config: EngineConfig) -> None:
+    def __init__(self, model: Qwen3, config: EngineConfig, ranks: RankGroup | None = None) -> None:
+        """ranks: those that hold the other parts of the model; they are taken over."""
         model_config = model.config
         resolved = resolve(config, model_config)
-        runner = CpuRunner if resolved.device == "cpu" else GpuRunner
-        self._runner: Runner = runner(model, resolved)
+        self._ranks = ranks
+        make = partial(make_runner, model, config)
+        self._runner = make() if ranks is None else ranks.runner(make)
         self.device = resolved.device
+        collectives = model.parallel.collectives
+        self.all_reduce = collectives.all_reduce if collectives is not None else None
         backend = resolved.attention_backend
         self.attention_backend = backend.name if backend is not None else "pytorch"
         self.num_blocks = self._runner.num_blocks
@@ -63,11 +70,29 @@ class Engine:
     @classmethod
     def from_checkpoint(cls, path: Path, config: EngineConfig) -> "Engine":
         """Load the checkpoint in the directory `path`."""
-        model_config = ModelConfig.from_directory(path)
-        model = build_model(model_config, config)
-        with gpu_errors(is_start=True):
-            load_weights(model, path)
-        return cls(model, config)
+        return cls.load(path, config)
+
+    @classmethod
+    def load(cls, source: Path | ModelConfig, config: EngineConfig) -> "Engine":
+        """Load the checkpoint in a directory, or make random weights of some sizes.
+
+        With several ranks this process is the first of them and starts the others.
+        """
+        ranks = start_ranks(source, sizes_of(source), config)
+        try:
+            model = load_model(source, config, ALONE if ranks is None else ranks.parallel)
+            return cls(model, config, ranks)
+        except BaseException:
+            if ranks is not None:
+                ranks.close()
+            raise
+
+    def close(self) -> None:
+        """End the other ranks' processes; without any there is nothing to end."""
+        if self._ranks is not None:
+            self._launches.clear()
+            del self._runner  # a GPU's graphs hold collectives, and NCCL waits for their end
+            self._ranks.close()
 
     @property
     def stats(self) -> EngineStats:
@@ -111,14 +136,40 @@ class Engine:
         return []
 
 
-def build_model(model_config: ModelConfig, config: EngineConfig) -> Qwen3:
+def sizes_of(source: Path | ModelConfig) -> ModelConfig:
+    """Of the checkpoint in a directory, or those given."""
+    return source if isinstance(source, ModelConfig) else ModelConfig.from_directory(source)
+
+
+def load_model(
+    source: Path | ModelConfig, config: EngineConfig, parallel: TensorParallel = ALONE
+) -> Qwen3:
+    """One rank's part of the checkpoint in a directory, or of random weights of some sizes."""
+    model = build_model(sizes_of(source), config, parallel)
+    with gpu_errors(is_start=True):
+        if isinstance(source, ModelConfig):
+            load_random_weights(model)
+        else:
+            load_weights(model, source)
+    return model
+
+
+def build_model(
+    model_config: ModelConfig, config: EngineConfig, parallel: TensorParallel = ALONE
+) -> Qwen3:
     """The model with uninitialized weights, on the device and in the dtype of `config`."""
     resolved = resolve(config, model_config)
-    check_weights_fit(model_config, resolved)
+    check_weights_fit(parallel.part_of(model_config), resolved)
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, resolved.dtype))
     try:
         with gpu_errors(is_start=True), torch.device(resolved.device):
-            return Qwen3(model_config, resolved.max_model_len)
+            return Qwen3(model_config, resolved.max_model_len, parallel)
     finally:
         torch.set_default_dtype(default)
+
+
+def make_runner(model: Qwen3, config: EngineConfig) -> Runner:
+    """For the device that `model` lies on."""
+    resolved = resolve(config, model.config)
+    return CpuRunner(model, resolved) if resolved.device == "cpu" else GpuRunner(model, resolved)

@@ -37,7 +37,7 @@ class EngineChild:
     """
 
     def __init__(self, *, command: Seq[str] = COMMAND, hang_seconds: float = HANG_SECONDS) -> None:
-        ours, theirs = (_above_the_streams(end) for end in socket.socketpair())
+        ours, theirs = (above_the_streams(end) for end in socket.socketpair())
         heartbeat = os.memfd_create("heartbeat")
         try:
             os.ftruncate(heartbeat, NUM_BYTES)
@@ -88,7 +88,7 @@ class EngineChild:
         messages = self._channel.receive()
         for kind, payload in messages:
             if kind == Kind.ERROR:
-                self._error = _as_exception(decode_json(payload))
+                self._error = as_exception(decode_json(payload))
         if has_ended or self._channel.is_closed:
             self._wait_for_end(_END_SECONDS)
             self.kill()
@@ -136,20 +136,23 @@ class EngineChild:
             time.sleep(_POLL_SECONDS)
 
     def _end_as_exception(self) -> EngineDied:
-        code = self._process.returncode
-        how = f"ended with exit code {code}"
-        if code < 0:
-            how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-        return EngineDied(f"the engine {how}", _HINT)
+        return EngineDied(f"the engine {how_it_ended(self._process.returncode)}", _HINT)
 
 
-def _above_the_streams(end: socket.socket) -> socket.socket:
+def how_it_ended(code: int) -> str:
+    """A process's end in words; code: as subprocess gives it."""
+    if code < 0:
+        return f"was killed by signal {-code} ({signal.strsignal(-code)})"
+    return f"ended with exit code {code}"
+
+
+def above_the_streams(end: socket.socket) -> socket.socket:
     """The same socket under a number that is no standard stream's: one of those may be closed."""
     with end:
         return socket.socket(fileno=fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3))
 
 
-def _as_exception(error: dict[str, Any]) -> UserError:
+def as_exception(error: dict[str, Any]) -> UserError:
     """The user's mistakes as what they were there; the traceback is a note, for --debug."""
     kinds = {kind.__name__: kind for kind in (UserError, ModelError, GpuFailed, MemoryTooSmall)}
     exception: UserError

@@ -70,30 +70,29 @@ def start_message(source: Path | ModelConfig, config: EngineConfig) -> dict[str,
     return {"engine": asdict(config), "checkpoint": os.fspath(source.absolute())}
 
 
+def read_start_message(message: dict[str, Any]) -> tuple[Path | ModelConfig, EngineConfig]:
+    """What `start_message` was given."""
+    config = EngineConfig(**message["engine"])
+    if "checkpoint" in message:
+        return Path(message["checkpoint"]), config
+    sizes = message["sizes"]
+    sizes["rope"] = RopeConfig(**sizes["rope"])
+    sizes["eos_token_ids"] = tuple(sizes["eos_token_ids"])
+    return ModelConfig(**sizes), config
+
+
 def import_engine() -> MakeEngine:
     """What makes the engine that `start_message` describes, once torch is imported."""
     # Late: it takes seconds, and this process must know its parent's end before.
-    from nanovllm_cli.core.engine import Engine, build_model
-    from nanovllm_cli.core.loader import load_random_weights
+    from nanovllm_cli.core.engine import Engine
 
-    def make_engine(message: dict[str, Any]) -> Engine:
-        config = EngineConfig(**message["engine"])
-        if "checkpoint" in message:
-            return Engine.from_checkpoint(Path(message["checkpoint"]), config)
-        sizes = message["sizes"]
-        sizes["rope"] = RopeConfig(**sizes["rope"])
-        sizes["eos_token_ids"] = tuple(sizes["eos_token_ids"])
-        model = build_model(ModelConfig(**sizes), config)
-        load_random_weights(model)
-        return Engine(model, config)
-
-    return make_engine
+    return lambda message: Engine.load(*read_start_message(message))
 
 
 def main(prepare: Callable[[], MakeEngine] = import_engine) -> NoReturn:
     """Serve until the parent is gone or closes the connection."""
     socket_fd, heartbeat_fd, parent_pid = map(int, sys.argv[1:])
-    _die_with(parent_pid)
+    die_with(parent_pid)
     # Whether a signal ends the job is the parent's to decide; it may want the rows in flight.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -115,7 +114,7 @@ def main(prepare: Callable[[], MakeEngine] = import_engine) -> NoReturn:
         _serve(channel, engine, heartbeat)
     except Exception as error:
         exit_code = 1
-        channel.send(Kind.ERROR, encode_json(_describe(error)))
+        channel.send(Kind.ERROR, encode_json(describe_error(error)))
         channel.flush_all(_LAST_WORDS_SECONDS)
     # There is nothing to tidy up, and taking torch apart takes as long as importing it.
     sys.stderr.flush()
@@ -157,7 +156,7 @@ def _receive_start(channel: Channel) -> dict[str, Any]:
     return decode_json(payload)
 
 
-def _describe(error: Exception) -> dict[str, Any]:
+def describe_error(error: Exception) -> dict[str, Any]:
     """For the parent, which raises a UserError again as what it was."""
     return {
         "type": type(error).__name__,
@@ -167,7 +166,7 @@ def _describe(error: Exception) -> dict[str, Any]:
     }
 
 
-def _die_with(parent_pid: int) -> None:
+def die_with(parent_pid: int) -> None:
     """Have the kernel kill this process when the thread that started it ends."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:  # it has ended before the line above
