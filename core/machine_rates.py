@@ -15,7 +15,7 @@ import torch
 from nanovllm_cli.kernels.linear import ROWS_PER_TILE, linear_reference
 from nanovllm_cli.kernels.tile_sums import BLOCK, tile_sums
 
-_GPU_BUFFER_BYTES = 2 << 30
+_GPU_BUFFER_BYTES = 16 << 30  # a launch costs some 60 us besides its bytes
 _CPU_BUFFER_BYTES = 128 << 20
 _MATRIX_SIZE = 8192
 _TIMES = 9

@@ -82,7 +82,7 @@ def bench(options: BenchOptions) -> ExitCode:
         **phases_record(measurement, import_seconds, check_seconds),
         "settings": settings_record(settings, measurement),
         "software": software(counters),
-        "command": sys.argv,
+        "command": ["nanovllm", *sys.argv[1:]],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "comparison": None,
         "profile": measurement.profile,
