@@ -33,6 +33,13 @@ Device = Annotated[
         "--device", panel=ENGINE, metavar="auto|cpu|cuda", help="auto: a GPU where there is one."
     ),
 ]
+TensorParallelSize = Annotated[
+    int,
+    shared_option(
+        "--tensor-parallel-size", "-tp", "--tp", panel=ENGINE,
+        help="Share the model out to so many GPUs; on a CPU, to so many processes.",
+    ),
+]  # fmt: skip
 MaxNumSeqs = Annotated[
     int | None,
     shared_option(

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from nanovllm_cli.core.config import ModelConfig
-from nanovllm_cli.core.engine import Engine, build_model
-from nanovllm_cli.core.loader import load_random_weights, load_weights
+from nanovllm_cli.core.engine import Engine, load_model
+from nanovllm_cli.core.parallel import ALONE
+from nanovllm_cli.core.rank_group import start_ranks
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 
 from .bench_options import BenchOptions
@@ -56,15 +57,13 @@ def measure(
 ) -> Measurement:
     """Run it all; `draw` gives the workload of each pass, no prompt of which was there before."""
     start = time.perf_counter()
-    model = build_model(model_config, options.engine)
-    if checkpoint is None:
-        load_random_weights(model)
-    else:
-        load_weights(model, checkpoint)
+    source = checkpoint or model_config
+    ranks = start_ranks(source, model_config, options.engine)
+    model = load_model(source, options.engine, ALONE if ranks is None else ranks.parallel)
     if model.embed_tokens.weight.is_cuda:
         torch.cuda.synchronize()
     loaded = time.perf_counter()
-    engine = Engine(model, options.engine)
+    engine = Engine(model, options.engine, ranks)
     ready = time.perf_counter()
     check_fits(draw(0), engine.max_model_len)
     warm_up = [
@@ -94,6 +93,7 @@ def measure(
             before_step=kernel_profile.before_step,
         )
         profile = kernel_profile.finish()
+    engine.close()
     return Measurement(
         passes=passes,
         load_seconds=loaded - start,
