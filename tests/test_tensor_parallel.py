@@ -1,0 +1,490 @@
+"""Tensor parallelism with real processes and gloo: the answers of 1, 2 and 4 ranks, and their ends.
+
+In fp32 the logits of another number of ranks differ in their last bits, and here no token hangs on
+those. Faults are signals to the processes of a real engine.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch import distributed as dist
+
+from nanovllm_cli.core.batch import Admission, Batch, BlockTableUpdate, DecodeBatch, PrefillBatch
+from nanovllm_cli.core.batch_layout import decode_batch, encode_batch
+from nanovllm_cli.core.config import EngineConfig, ModelConfig
+from nanovllm_cli.core.engine import Engine
+from nanovllm_cli.core.engine_child import EngineChild
+from nanovllm_cli.core.engine_process import EngineProcess
+from nanovllm_cli.core.errors import ModelError, UserError
+from nanovllm_cli.core.parallel import TensorParallel
+from nanovllm_cli.core.request import Completion, Output, Request
+from nanovllm_cli.core.resolved_config import check_ranks, resolve
+from nanovllm_cli.core.sampler import sample
+from nanovllm_cli.core.sampling_params import SamplingParams
+from nanovllm_cli.core.slot_table import SlotTable
+
+from .cli import MODEL
+
+MakeCheckpoint = Callable[..., Path]
+VOCAB_SIZE = 162  # no multiple of 4
+BLOCK_BYTES = 2 * 2 * 2 * 32 * 4 * 16  # K and V, layers, heads, head_dim, fp32, tokens
+WAYS_TO_DRAW: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+    {"temperature": 3.0, "min_p": 0.1},
+    {"temperature": 2.0, "stop_token_ids": tuple(range(12)), "min_tokens": 3},
+]
+LONGEST_SECONDS = 60.0  # only what hangs takes so long
+
+
+def ask(request_id: int, prompt: Iterable[int], **sampling: Any) -> Request:
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=list(prompt),
+        sampling=SamplingParams(**{"seed": request_id, **sampling}),
+    )
+
+
+def requests(count: int = 16, *, longest: int = 8) -> list[Request]:
+    """Prompts of 1 to 70 tokens, many with a common beginning, drawn from in every way."""
+    rng = random.Random(0)
+    stems = [[rng.randrange(VOCAB_SIZE) for _ in range(64)] for _ in range(2)]
+    made = []
+    for i in range(count):
+        prompt = rng.choice(stems)[: rng.choice((1, 15, 16, 17, 33, 64))]
+        prompt = prompt + [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice((0, 1, 6)))]
+        made.append(ask(i, prompt, max_tokens=rng.randint(3, longest), **WAYS_TO_DRAW[i % 5]))
+    return made
+
+
+def finish(engine: Engine | EngineProcess, asked: Iterable[Request] = ()) -> dict[int, list[int]]:
+    """Run everything to its end: the tokens of every request."""
+    give_up = time.monotonic() + LONGEST_SECONDS
+    for request in asked:
+        assert engine.add(request) is None
+    ended: dict[int, list[int]] = {}
+    while engine.has_work:
+        assert time.monotonic() < give_up, "the engine hangs"
+        for output in engine.step():
+            assert isinstance(output, Completion), output
+            ended[output.request_id] = output.token_ids.tolist()
+    return ended
+
+
+def config(size: int, **more: Any) -> EngineConfig:
+    defaults: dict[str, Any] = {"block_size": 16, "max_model_len": 128, "num_threads": 1}
+    return EngineConfig(tensor_parallel_size=size, **{**defaults, **more})
+
+
+Answer = Callable[..., tuple[dict[int, list[int]], Engine]]
+
+
+@pytest.fixture
+def answer() -> Iterator[Answer]:
+    """answer(path, size, requests, ...): their tokens, and the engine, which is closed already."""
+    engines = []
+
+    def answer(
+        path: Path, size: int, asked: Iterable[Request], **more: Any
+    ) -> tuple[dict[int, list[int]], Engine]:
+        engine = Engine.load(path, config(size, **more))
+        engines.append(engine)
+        try:
+            return finish(engine, asked), engine
+        finally:
+            engine.close()
+
+    yield answer
+    assert not children_of(os.getpid()), "a rank outlives its engine"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: MakeCheckpoint) -> Path:
+    return make_checkpoint(vocab_size=VOCAB_SIZE, tie_word_embeddings=False)
+
+
+# Answers
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"max_num_batched_tokens": 29, "max_window_steps": 4}],
+    ids=["prefix caching", "chunked prefills and windows"],
+)
+def test_the_tokens_of_1_2_and_4_ranks_are_the_same(
+    checkpoint: Path, answer: Answer, more: dict[str, Any]
+) -> None:
+    asked = requests()
+    expected, alone = answer(checkpoint, 1, asked, **more)
+    assert alone.stats.num_cached_tokens > 0
+    for size in (2, 4):
+        tokens, engine = answer(checkpoint, size, asked, **more)
+        assert tokens == expected
+        assert engine.all_reduce == "gloo"
+        for name in ("num_cached_tokens", "num_prefill_launches", "num_decode_steps"):
+            assert getattr(engine.stats, name) == getattr(alone.stats, name)
+
+
+def test_the_tokens_of_preempted_sequences_are_the_same(checkpoint: Path, answer: Answer) -> None:
+    asked = [ask(i, range(i, i + 10 + i), max_tokens=45) for i in range(6)]
+    expected, alone = answer(checkpoint, 1, asked, kv_cache_bytes=10 * BLOCK_BYTES)
+    # Each of two ranks holds one of the two kv heads, so a block has half the bytes.
+    tokens, engine = answer(checkpoint, 2, asked, kv_cache_bytes=5 * BLOCK_BYTES)
+    assert tokens == expected
+    assert engine.num_blocks == alone.num_blocks == 10
+    assert engine.stats.num_preemptions == alone.stats.num_preemptions > 0
+
+
+def test_tied_weights_are_shared_out_too(make_checkpoint: MakeCheckpoint, answer: Answer) -> None:
+    path = make_checkpoint(vocab_size=VOCAB_SIZE)
+    asked = requests(10)
+    assert answer(path, 2, asked)[0] == answer(path, 1, asked)[0]
+
+
+def test_the_sample_models_answers_are_the_same_for_1_and_4_ranks(answer: Answer) -> None:
+    rng = random.Random(5)
+    asked = [
+        ask(i, [rng.randrange(1000) for _ in range(9)], temperature=i % 2 * 0.8, max_tokens=6)
+        for i in range(8)
+    ]
+    expected, _ = answer(MODEL, 1, asked, dtype="float32")
+    assert answer(MODEL, 4, asked, dtype="float32")[0] == expected
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 5), (4, 2)])
+def test_a_rows_bits_do_not_depend_on_its_batch(
+    checkpoint: Path, answer: Answer, size: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[tuple[int, int], Tensor] = {}
+
+    def recording_sample(logits: Tensor, table: SlotTable, slots: Tensor) -> tuple[Tensor, Tensor]:
+        for row, slot in zip(logits, slots.tolist(), strict=True):
+            seen[int(table.seed[slot]), int(table.length[slot])] = row.clone()
+        return sample(logits, table, slots)
+
+    monkeypatch.setattr("nanovllm_cli.core.cpu_runner.sample", recording_sample)
+    asked = requests(count, longest=5)
+    together, _ = answer(checkpoint, size, asked)
+    in_a_batch = dict(seen)
+    seen.clear()
+    engine = Engine.load(checkpoint, config(size, enable_prefix_caching=False))
+    try:
+        for request in asked:
+            assert finish(engine, [request]) == {request.request_id: together[request.request_id]}
+    finally:
+        engine.close()
+    assert seen.keys() == in_a_batch.keys()
+    assert all(torch.equal(seen[key], in_a_batch[key]) for key in seen)
+
+
+def test_the_kv_cache_has_as_many_blocks_as_the_poorest_rank_can_hold(
+    checkpoint: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, alike = answer(checkpoint, 2, [], max_num_seqs=4)
+    monkeypatch.setattr("nanovllm_cli.core.cpu_runner._kv_bytes", lambda *_: 1 << 40)
+    _, rich_leader = answer(checkpoint, 2, [], max_num_seqs=4)
+    assert rich_leader.num_blocks == alike.num_blocks
+    monkeypatch.setattr("nanovllm_cli.core.cpu_runner._kv_bytes", lambda *_: 3 * BLOCK_BYTES // 2)
+    assert answer(checkpoint, 2, [], max_num_seqs=4)[1].num_blocks == 3
+
+
+# What cannot be shared out
+
+
+def sizes(**more: Any) -> ModelConfig:
+    whole = ModelConfig.from_directory(MODEL)
+    return ModelConfig(**{name: more.get(name, getattr(whole, name)) for name in whole.__slots__})
+
+
+@pytest.mark.parametrize(
+    ("size", "model", "message"),
+    [
+        (3, {}, "is 3, and the model has 4 attention heads"),
+        (8, {}, "is 8, and the model has 4 attention heads"),
+        (2, {"num_attention_heads": 6, "num_key_value_heads": 3}, "has 3 key/value heads"),
+        (4, {"intermediate_size": 510}, "has an intermediate size of 510"),
+    ],
+)
+def test_a_model_that_cannot_be_shared_out_is_named(
+    size: int, model: dict[str, int], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(config(size), sizes(**model))
+    assert caught.value.hint is not None
+    assert "Choose one of 1" in caught.value.hint
+
+
+def test_more_ranks_than_gpus_and_a_torch_without_nccl_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="is 2, and this job sees 1 GPUs"):
+        check_ranks(2, "cuda", sizes())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(UserError, match="has no NCCL"):
+        check_ranks(2, "cuda", sizes())
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    check_ranks(2, "cuda", sizes())
+
+
+def test_a_checkpoint_that_cannot_be_used_is_named_and_no_rank_is_left(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="is not a whole safetensors file"):
+        Engine.load(tmp_path, config(2))
+    assert not children_of(os.getpid())
+
+
+# What is sent at every launch
+
+int32s = st.integers(-(2**31), 2**31 - 1)
+counts = st.integers(0, 2**31 - 1)
+reals = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def arrays(length: int) -> st.SearchStrategy[np.ndarray]:
+    return st.lists(int32s, min_size=length, max_size=length).map(partial(np.array, dtype=np.int32))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    num_entries, num_seqs = draw(st.integers(0, 5)), draw(st.integers(1, 5))
+    update = BlockTableUpdate(
+        slots=draw(arrays(num_entries)),
+        indices=draw(arrays(num_entries)),
+        block_ids=draw(arrays(num_entries)),
+    )
+    slots = draw(arrays(num_seqs))
+    if draw(st.booleans()):
+        num_steps = draw(st.integers(1, 2**31 - 1))
+        return DecodeBatch(block_table_update=update, slots=slots, num_steps=num_steps)
+    admission = st.builds(
+        Admission,
+        slot=counts,
+        seed=st.integers(0, 2**64 - 1),
+        temperature=reals,
+        top_k=counts,
+        top_p=reals,
+        min_p=reals,
+        min_length=counts,
+        max_length=counts,
+        stop_token_ids=st.lists(counts, max_size=4).map(tuple),
+    )
+    is_last_chunk = st.lists(st.booleans(), min_size=num_seqs, max_size=num_seqs)
+    return PrefillBatch(
+        admissions=tuple(draw(st.lists(admission, max_size=3))),
+        block_table_update=update,
+        slots=slots,
+        token_ids=draw(arrays(draw(st.integers(0, 9)))),
+        start_positions=draw(arrays(num_seqs)),
+        query_lens=draw(arrays(num_seqs)),
+        is_last_chunk=np.array(draw(is_last_chunk)),
+    )
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    if isinstance(expected, np.ndarray):
+        assert actual.dtype == expected.dtype
+        assert actual.tolist() == expected.tolist()
+        assert actual.flags.writeable, "torch warns of others"
+    elif isinstance(expected, PrefillBatch | DecodeBatch | BlockTableUpdate):
+        assert type(actual) is type(expected)
+        for name in expected.__slots__:
+            assert_same(getattr(actual, name), getattr(expected, name))
+    else:
+        assert actual == expected
+
+
+@given(batches())
+def test_a_batch_comes_out_of_its_bytes_as_it_was(batch: Batch) -> None:
+    assert_same(decode_batch(encode_batch(batch)), batch)
+
+
+# Parts
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("whole", [1, 8, 160, 162])
+def test_the_shards_of_all_ranks_are_the_whole(size: int, whole: int) -> None:
+    shards = [TensorParallel(rank, size).shard(whole) for rank in range(size)]
+    assert [i for s in shards for i in range(s.start, s.stop)] == list(range(whole))
+    assert len({shard.length for shard in shards}) == 1
+    assert all(shard.stop - shard.start <= shard.length for shard in shards)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "size", "expected"),
+    [
+        (8, 2, [range(4), range(4, 8)]),
+        (2, 2, [range(1), range(1, 2)]),
+        (2, 4, [range(1), range(1), range(1, 2), range(1, 2)]),
+        (1, 4, [range(1)] * 4),
+    ],
+)
+def test_a_rank_has_the_kv_heads_of_its_query_heads(
+    num_kv_heads: int, size: int, expected: list[range]
+) -> None:
+    for rank, heads in enumerate(expected):
+        shard = TensorParallel(rank, size).kv_shard(num_kv_heads, 64)
+        assert (shard.start, shard.stop) == (heads.start * 64, heads.stop * 64)
+
+
+# Faults
+
+
+def children_of(pid: int) -> list[int]:
+    """The ranks that a process has started and that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            command = (stat.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(parent) == pid and state != "Z" and b"rank_worker" in command:
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until_gone(pids: Iterable[int], seconds: float) -> None:
+    give_up = time.monotonic() + seconds
+    while running := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < give_up, f"{running} still run"
+        time.sleep(0.005)
+
+
+Start = Callable[..., EngineProcess]
+PROCESS_CONFIG = EngineConfig(
+    tensor_parallel_size=2, dtype="float32", max_model_len=256, num_threads=1
+)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """start(): the sample model's engine of two ranks in a process of its own."""
+    started: list[EngineProcess] = []
+
+    def start(hang_seconds: float = 25.0) -> EngineProcess:
+        spawn = partial(EngineChild, hang_seconds=hang_seconds)
+        started.append(EngineProcess(MODEL, PROCESS_CONFIG, spawn=spawn))
+        return started[-1]
+
+    yield start
+    pids = [pid for engine in started for pid in (engine.pid, *children_of(engine.pid))]
+    for engine in started:
+        engine.close()
+    until_gone(pids, 2.0)
+
+
+def work() -> list[Request]:
+    return [ask(i, [i + 5, 7], temperature=0.8, max_tokens=40, ignore_eos=True) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[int, list[int]]:
+    engine = Engine.load(MODEL, PROCESS_CONFIG)
+    try:
+        return finish(engine, work())
+    finally:
+        engine.close()
+
+
+def begin(engine: EngineProcess) -> list[int]:
+    """Until the engine has begun to decode; its other ranks."""
+    engine.wait_until_ready()
+    for request in work():
+        assert engine.add(request) is None
+    while engine.stats.num_decode_steps < 3:
+        outputs: list[Output] = engine.step()
+        assert not outputs, "too short to be disturbed"
+    ranks = children_of(engine.pid)
+    assert len(ranks) == 1
+    return ranks
+
+
+def test_the_engine_ends_with_a_rank_and_starts_again(
+    start: Start, expected: dict[int, list[int]]
+) -> None:
+    engine = start()
+    [rank] = begin(engine)
+    pid = engine.pid
+    os.kill(rank, signal.SIGKILL)
+    until_gone([pid, rank], 1.0)
+    assert finish(engine) == expected
+    assert engine.num_restarts == 1
+    assert engine.last_death is not None
+    assert "rank 1 was killed by signal 9" in engine.last_death
+
+
+def test_an_engine_with_nothing_to_do_ends_with_a_rank_too(start: Start) -> None:
+    engine = start()
+    engine.wait_until_ready()
+    [rank] = children_of(engine.pid)
+    os.kill(rank, signal.SIGKILL)
+    until_gone([engine.pid, rank], 1.0)
+
+
+def test_a_rank_that_stands_still_is_a_hang_of_the_engine(
+    start: Start, expected: dict[int, list[int]]
+) -> None:
+    engine = start(hang_seconds=3.0)
+    [rank] = begin(engine)
+    pid = engine.pid
+    os.kill(rank, signal.SIGSTOP)
+    assert finish(engine) == expected
+    assert engine.num_restarts == 1
+    until_gone([pid, rank], 1.0)
+
+
+def test_no_rank_outlives_the_job_that_is_killed(start: Start) -> None:
+    code = (
+        "import sys\n"
+        "from tests.test_tensor_parallel import *\n"
+        "engine = EngineProcess(MODEL, PROCESS_CONFIG)\n"
+        "print(engine.pid, *begin(engine), flush=True)\n"
+        "while True: engine.step()\n"
+    )
+    root = Path(__file__).parent.parent
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE) as job:
+        assert job.stdout is not None
+        pids = list(map(int, job.stdout.readline().split()))
+        job.kill()
+    assert len(pids) == 2
+    until_gone(pids, 2.0)
+
+
+def test_two_groups_at_once_do_not_meet(start: Start, expected: dict[int, list[int]]) -> None:
+    engines = [start(), start()]
+    for engine in engines:
+        for request in work():
+            assert engine.add(request) is None
+    for engine in engines:
+        assert finish(engine) == expected
+        assert engine.num_restarts == 0
