@@ -12,9 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
-from nanovllm_cli.core.engine import build_model
+from nanovllm_cli.core.engine import build_model, load_model
 from nanovllm_cli.core.errors import ModelError
-from nanovllm_cli.core.loader import load_random_weights, load_weights, weight_files
+from nanovllm_cli.core.loader import (
+    Target,
+    load_random_weights,
+    load_weights,
+    targets_of,
+    weight_files,
+)
+from nanovllm_cli.core.parallel import TensorParallel
 from nanovllm_cli.core.qwen3 import Qwen3
 
 MakeCheckpoint = Callable[..., Path]
@@ -285,3 +292,65 @@ def test_random_weights_fill_every_parameter_and_are_the_same_each_time(
             if not name.endswith("norm.weight"):
                 assert not torch.equal(first, third), name
                 assert 0.01 < first.std() < 0.03
+
+
+# Parts of ranks
+
+
+def load_part(path: Path, rank: int, size: int) -> Qwen3:
+    config = EngineConfig(tensor_parallel_size=size)
+    parallel = TensorParallel(rank, size)
+    return load_model(path, config, parallel)
+
+
+def join(parts: list[Target]) -> Tensor:
+    """The checkpoint's tensor of every rank's part of it; where some hold the same, they agree."""
+    whole = torch.full(parts[0].shape, torch.nan)
+    for part in parts:
+        own = part.tensor[tuple(slice(0, s.stop - s.start) for s in part.shards)]
+        there = whole[part.part]
+        assert there.isnan().all() or torch.equal(there, own)
+        whole[part.part] = own
+    return whole
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_parts_of_all_ranks_are_the_checkpoint(
+    size: int, make_checkpoint: MakeCheckpoint
+) -> None:
+    path = make_checkpoint(tie_word_embeddings=False, vocab_size=162)
+    parts = [targets_of(load_part(path, rank, size)) for rank in range(size)]
+    for name, tensor in load_file(path / WEIGHTS).items():
+        assert torch.equal(join([part[name] for part in parts]), tensor), name
+
+
+def test_a_rank_reads_and_holds_no_more_than_its_part(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_checkpoint(tie_word_embeddings=False)
+    num_read = 0
+    fill = Target.fill
+
+    def counting_fill(target: Target, values: Tensor) -> None:
+        nonlocal num_read
+        num_read += values.numel()
+        fill(target, values)
+
+    monkeypatch.setattr(Target, "fill", counting_fill)
+    whole = load(path)
+    num_whole, num_read = num_read, 0
+    part = load_part(path, 1, 2)
+    assert num_whole == sum(p.numel() for p in whole.parameters())
+    assert num_read == sum(p.numel() for p in part.parameters())
+    assert num_read == part.part.num_parameters < 0.51 * num_whole
+
+
+def test_random_weights_are_the_same_for_any_number_of_ranks(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    sizes = ModelConfig.from_directory(make_checkpoint(tie_word_embeddings=False))
+    whole = targets_of(load_model(sizes, EngineConfig()))
+    config = EngineConfig(tensor_parallel_size=4)
+    parts = [targets_of(load_model(sizes, config, TensorParallel(rank, 4))) for rank in range(4)]
+    for name, target in whole.items():
+        assert torch.equal(join([part[name] for part in parts]), target.tensor), name
