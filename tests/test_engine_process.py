@@ -417,7 +417,7 @@ def test_an_engine_that_dies_again_and_again_is_given_up(start: Start) -> None:
 def test_a_process_that_dies_whenever_it_loads_is_given_up(start: Start, tmp_path: Path) -> None:
     (tmp_path / "die while loading").touch()
     engine = start()
-    with pytest.raises(EngineDied, match="signal 9 .*; that makes 3 deaths"):
+    with pytest.raises(EngineDied, match=r"signal 9 .*; that makes 3 deaths"):
         engine.wait_until_ready()
     with pytest.raises(EngineDied, match="signal 9"):
         finish(engine, [ask(1)])
