@@ -6,6 +6,7 @@ and `--help` must answer at once.
 
 import difflib
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -68,6 +69,8 @@ def doctor_command(
 
 def main() -> NoReturn:
     """The `nanovllm` command."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before a job and after it
     if sys.stderr is None:  # closed (2>&-); what is meant for it must not go to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:

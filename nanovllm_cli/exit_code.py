@@ -8,7 +8,8 @@ from nanovllm_cli.core.errors import UserError
 class ExitCode(IntEnum):
     """Exit codes; 64 to 78 mean what sysexits.h says, 129 and above are 128 + the signal.
 
-    Worth trying again unchanged: UNAVAILABLE, IO_ERROR, LOCKED, HANGUP, INTERRUPTED, TERMINATED.
+    Worth trying again unchanged: UNAVAILABLE, IO_ERROR, LOCKED, TIMED_OUT, HANGUP, INTERRUPTED,
+    TERMINATED.
     """
 
     OK = 0
@@ -22,6 +23,7 @@ class ExitCode(IntEnum):
     OUTPUT_EXISTS = 73
     IO_ERROR = 74
     LOCKED = 75
+    TIMED_OUT = 75  # sysexits.h's "temporary failure": the same line goes on where this run stopped
     CONFIG_MISMATCH = 78
     HANGUP = 129
     INTERRUPTED = 130

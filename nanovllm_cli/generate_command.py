@@ -12,11 +12,13 @@ from nanovllm_cli.core.errors import UserError
 from . import flags
 from .exit_code import ExitCode
 from .lock import output_locks
+from .log import Log
 from .options import GenerateOptions
 from .prompt_options import PromptOptions
 from .run_job import run_job
 from .settings import load_config_file, option
 from .shard import Shard
+from .signals import Signals
 
 _OUTPUT, _PROMPTS, _SAMPLING = "Output", "Prompts", "Sampling (a row's own fields come first)"
 
@@ -162,8 +164,20 @@ def generate_command(
         0.0, "--wait-lock", panel=flags.RUN, metavar="SECONDS",
         help="Wait so long for another run that writes OUTPUT.",
     ),
+    timeout: float | None = option(
+        None, "--timeout", panel=flags.RUN, metavar="SECONDS",
+        help="End after so long with what is done kept, exit code 75; the same line goes on.",
+    ),
     quiet: bool = option(
         False, "--quiet", "-q", panel=flags.RUN, help="Silent unless something fails."
+    ),
+    log_format: str = option(
+        "text", "--log-format", panel=flags.RUN, metavar="text|json",
+        help="Of stderr; json: one object a line.",
+    ),
+    metrics_file: str | None = option(
+        None, "--metrics-file", panel=flags.RUN, metavar="FILE",
+        help="Keep the totals here, in Prometheus' text format.",
     ),
     single_process: bool = option(
         False, "--single-process", panel=flags.RUN,
@@ -184,6 +198,8 @@ def generate_command(
     line. Its other columns travel through to the output. Each flag is also an environment
     variable: --max-tokens is NANOVLLM_MAX_TOKENS.
     """
+
+    signals = Signals()
 
     def job() -> ExitCode:
         if kv_cache_memory is not None and not 0 < kv_cache_memory < float("inf"):
@@ -250,7 +266,12 @@ def generate_command(
             limit=limit,
             max_inflight=max_inflight,
             quiet=quiet,
+            timeout=timeout,
+            log_format=log_format,
+            metrics_file=metrics_file,
         )
+        if timeout is not None:
+            signals.end_after(timeout)
         if dry_run:
             from .dry_run import dry_run as run
 
@@ -259,13 +280,13 @@ def generate_command(
             if single_process:
                 from .pipeline import generate
 
-                return generate(options)
+                return generate(options, signals=signals)
             child = EngineChild()  # imports torch while this process imports what it needs
             try:
                 from .pipeline import generate_supervised
 
-                return generate_supervised(options, child)
+                return generate_supervised(options, child, signals)
             finally:
                 child.kill()  # nothing is left to kill where the job has closed it
 
-    raise typer.Exit(run_job(job, debug=debug))
+    raise typer.Exit(run_job(job, debug=debug, log=Log(log_format), signals=signals))

@@ -26,6 +26,7 @@ from .progress import Progress
 from .prompts import Prompt
 from .results import Sample, result_line
 from .rows import BadRow
+from .signals import DRAIN_SECONDS, Signals, Stopped
 from .stop_strings import StopStrings
 from .tokenizer import PromptTokenizer
 from .totals import Totals
@@ -57,6 +58,7 @@ class Job:
         feeder: Feeder,
         output: JobOutput,
         totals: Totals,
+        signals: Signals,
     ) -> None:
         self._options = options
         self._sampling = sampling
@@ -65,22 +67,32 @@ class Job:
         self._feeder = feeder
         self._output = output
         self._totals = totals
+        self._signals = signals
         self._running: dict[int, _RunningRow] = {}  # by row index
         self._give_up: float | None = None  # when to end, after a stop
 
     def run(self, progress: Progress) -> bool:
-        """Until every row is done, or until it is stopped; returns whether every row is done."""
+        """Until every row is done, or until it is stopped; returns whether every row is done.
+
+        A signal stops it, with a moment for the rows that run.
+        """
         while True:
-            if self._give_up is None:
-                self._feed()
+            if self._signals.received is not None and self._give_up is None:
+                self.stop(DRAIN_SECONDS)
+                progress.say(
+                    "drain",
+                    f"{Stopped(self._signals.received).message}: the rows that run have "
+                    f"{DRAIN_SECONDS:g} s to finish",
+                )
+            self._feed()
             is_done = self._feeder.is_done and not self._engine.has_work
             if is_done or self._is_over:
                 break
-            for output in self._engine.step():
-                self._take(output)
+            if self._engine.has_work:
+                for output in self._engine.step():
+                    self._take(output)
             self._say_restarts(progress)
             self._output.flush()
-            progress.update()
         self._output.flush()
         return is_done
 
@@ -95,7 +107,9 @@ class Job:
         engine = self._engine
         if isinstance(engine, EngineProcess) and engine.num_restarts > self._totals.num_restarts:
             self._totals.num_restarts = engine.num_restarts
-            progress.say(f"{engine.last_death}; it is started again, and its rows with it")
+            progress.say(
+                "restart", f"{engine.last_death}; it is started again, and its rows with it"
+            )
 
     def _feed(self) -> None:
         """Queue rows in the engine up to the limit; wait for one only where there is no other."""

@@ -7,11 +7,13 @@ from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.sampling_params import SamplingParams
 
+from .log import FORMATS
 from .prompt_options import PromptOptions
 from .row_settings import MAX_SAMPLES
 from .shard import Shard
 
 DEFAULT_MODEL = "Qwen3-0.6B"
+_MAX_TIMEOUT = 100_000_000  # seconds: three years
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,9 @@ class GenerateOptions:
     limit: int | None = None
     max_inflight: int | None = None  # rows; None: four for each that can run at a time
     quiet: bool = False
+    timeout: float | None = None  # seconds for the whole job
+    log_format: str = "text"  # of stderr; "json": an object a line
+    metrics_file: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, is_good, limit in (
@@ -60,6 +65,18 @@ class GenerateOptions:
                 "at least 1",
             ),
             ("wait-lock", self.wait_lock, self.wait_lock >= 0, "at least 0"),
+            (
+                "timeout",
+                self.timeout,
+                self.timeout is None or 0 < self.timeout <= _MAX_TIMEOUT,
+                f"above 0 and at most {_MAX_TIMEOUT}",
+            ),
+            (
+                "log-format",
+                self.log_format,
+                self.log_format in FORMATS,
+                " or ".join(FORMATS),
+            ),
             (
                 "max-error-rate",
                 self.max_error_rate,

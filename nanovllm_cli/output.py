@@ -1,7 +1,12 @@
 """Where a job's rows go: FileOutput, or standard output with the failed rows on stderr."""
 
+import errno
+import io
+import os
+import select
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from .exit_code import CommandError, ExitCode
@@ -35,6 +40,9 @@ class StreamOutput:
                 "Name a file with -o.",
                 exit_code=ExitCode.PIPE_CLOSED,
             )
+        self._poll = select.poll()
+        with suppress(io.UnsupportedOperation):  # no file of the system's
+            self._poll.register(sys.stdout, 0)
         self._shard = options.shard
         self._private = options.private
         self._rows = StreamWriter(sys.stdout.buffer, is_ordered=not options.unordered)
@@ -83,7 +91,9 @@ class StreamOutput:
             self._errors.append(row.index, 0, Kind.FAILED, error_line(row))
 
     def flush(self) -> None:
-        """Every row was written as it came."""
+        """Every row was written as it came; raises BrokenPipeError where nobody will read more."""
+        if any(event & select.POLLERR for _, event in self._poll.poll(0)):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     def publish(self, exit_code: ExitCode, stats: Callable[[], dict[str, Any]]) -> None:
         """All rows were written; the errors file appears, or an old one goes."""

@@ -5,9 +5,7 @@ are checked first, then the model's files, and only then are the weights loaded,
 rows are already being tokenized. A job whose rows are all done loads nothing.
 """
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,15 @@ from .finished import JobRecord
 from .first_rows import try_first_rows
 from .inputs import find_inputs
 from .job import Job
+from .log import Log
+from .metrics_file import MetricsFile
 from .models import default_sampling, resolve_model
 from .options import GenerateOptions
 from .output import JobOutput, open_output
+from .output_paths import OutputPaths
 from .progress import Progress
 from .rows import BadRow, Row, check_inputs, read_rows
+from .signals import Signals, Stopped
 from .tokenizer import PromptTokenizer
 from .totals import Totals
 
@@ -43,14 +45,37 @@ def load_engine(path: Path, config: EngineConfig) -> Engine:
     return Engine.from_checkpoint(path, config)
 
 
-def generate_supervised(options: GenerateOptions, child: EngineChild) -> ExitCode:
+def generate_supervised(options: GenerateOptions, child: EngineChild, signals: Signals) -> ExitCode:
     """`generate` with the engine in `child`, whose death costs a restart and not the job."""
-    return generate(options, partial(EngineProcess, child=child))
+    return generate(options, partial(EngineProcess, child=child), signals=signals)
 
 
-def generate(options: GenerateOptions, load: LoadEngine = load_engine) -> ExitCode:
-    """Run the job to its end; raises UserError for what ends it as a whole."""
-    totals = Totals()
+def generate(
+    options: GenerateOptions, load: LoadEngine = load_engine, *, signals: Signals | None = None
+) -> ExitCode:
+    """Run the job to its end.
+
+    Raises UserError for what ends it as a whole, and Stopped.
+    """
+    totals, signals = Totals(), signals or Signals()
+    progress = Progress(
+        totals,
+        Log(options.log_format),
+        quiet=options.quiet,
+        metrics=_metrics_file(options),
+        status_requests=signals.status_requests,
+    )
+    with progress:
+        return _generate(options, load, totals, progress, signals)
+
+
+def _generate(
+    options: GenerateOptions,
+    load: LoadEngine,
+    totals: Totals,
+    progress: Progress,
+    signals: Signals,
+) -> ExitCode:
     with totals.phase("check"):
         sources = find_inputs(options.inputs)
         num_rows = check_inputs(sources, limit=options.limit)
@@ -65,18 +90,21 @@ def generate(options: GenerateOptions, load: LoadEngine = load_engine) -> ExitCo
         with totals.phase("resume"):
             is_complete = output.resume(num_rows)
         if output.finished is not None:
-            return _nothing_to_do(options, output.finished)
+            return _nothing_to_do(options, output.finished, totals, progress)
         if num_rows is not None:
             totals.num_expected_rows = options.shard.size(num_rows)
         if output.journal is not None:
             totals.resume(output.journal)
-        progress = Progress(totals, quiet=options.quiet)
-        if not is_complete:
-            _run(options, model, sampling, rows, output, totals, progress, load)
-        exit_code = _exit_code(options, totals.num_failed_rows)
-        with totals.phase("publish"):
-            output.publish(exit_code, partial(_stats, options, totals, exit_code))
-        progress.close()
+        try:
+            if not is_complete:
+                _run(options, model, sampling, rows, output, totals, progress, load, signals)
+            exit_code = _exit_code(options, totals.num_failed_rows)
+            with totals.phase("publish"), signals.held():
+                output.publish(exit_code, partial(_stats, options, totals, exit_code))
+        except Stopped as stopped:
+            stopped.message += f"; {_what_is_kept(output, totals)}"
+            raise
+        progress.end(exit_code)
         return exit_code
     finally:
         output.close()
@@ -97,9 +125,11 @@ def _run(
     totals: Totals,
     progress: Progress,
     load: LoadEngine,
+    signals: Signals,
 ) -> None:
     """Load the model and run what is missing in the output."""
     feeder = engine = None
+    progress.say("start", f"{totals.counts()}; loading {options.model}")
     try:
         with totals.phase("load"):
             engine = load(model, options.engine)  # a process of its own loads meanwhile
@@ -116,15 +146,17 @@ def _run(
             feeder=feeder,
             output=output,
             totals=totals,
+            signals=signals,
         )
-        with totals.phase("generate"), progress:
+        with totals.phase("generate"), signals.held():
             is_done = job.run(progress)
     finally:
-        if feeder is not None:
-            feeder.close()
         if isinstance(engine, EngineProcess):
             engine.close()
+        if feeder is not None:
+            feeder.close()
     if not is_done:
+        signals.raise_received()
         raise CommandError(
             f"{totals.num_failed_rows} rows failed, a larger share than --max-error-rate "
             f"{options.max_error_rate} of those taken: "
@@ -140,15 +172,33 @@ def _tokenizer_path(options: GenerateOptions, model: Path) -> Path:
     return resolve_model(options.tokenizer, offline=options.offline)
 
 
-def _nothing_to_do(options: GenerateOptions, record: JobRecord) -> ExitCode:
-    if not options.quiet:
-        with suppress(OSError):
-            print(
-                f"nothing to do: {options.output} has all {record.num_completed} rows of this job, "
-                f"{len(record.failed_rows)} failed",
-                file=sys.stderr,
-            )
-    return _exit_code(options, len(record.failed_rows))
+def _metrics_file(options: GenerateOptions) -> MetricsFile | None:
+    if options.metrics_file is None:
+        return None
+    path = Path(options.metrics_file)
+    paths = OutputPaths.of(options.output, options.errors)
+    if path.absolute() in [other.absolute() for other in (paths.output, paths.errors) if other]:
+        raise CommandError(f"--metrics-file {path} is an output of the job", "Name another file.")
+    return MetricsFile(path, {"output": options.output, "model": options.model})
+
+
+def _nothing_to_do(
+    options: GenerateOptions, record: JobRecord, totals: Totals, progress: Progress
+) -> ExitCode:
+    totals.take_finished(record)
+    exit_code = _exit_code(options, totals.num_failed_rows)
+    progress.end(
+        exit_code,
+        f"nothing to do: {options.output} has all {record.num_completed} rows of this job, "
+        f"{len(record.failed_rows)} failed",
+    )
+    return exit_code
+
+
+def _what_is_kept(output: JobOutput, totals: Totals) -> str:
+    if output.journal is None:
+        return "nothing is kept of a job that writes to standard output"
+    return f"{totals.counts()}, and the same line goes on from there"
 
 
 def _exit_code(options: GenerateOptions, num_failed_rows: int) -> ExitCode:

@@ -1,19 +1,28 @@
 """Progress and the closing table, on stderr: a bar on a terminal, else a line now and then."""
 
 import sys
+import threading
 import time
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from .exit_code import CommandError, ExitCode
+from .log import Level, Log
+from .metrics_file import MetricsFile
+from .run_job import exit_code_of
 from .totals import Totals
 
 _LINE_SECONDS = 30.0
+_METRICS_SECONDS = 10.0
 _BAR_SECONDS = 0.1
+_JOIN_SECONDS = 1.0  # whoever reads stderr may not read on
 
 
 class _Stderr(Console):
@@ -28,14 +37,36 @@ class _Stderr(Console):
 
 
 class Progress:
-    """Shows `totals` while a job runs; with `quiet` nothing at all."""
+    """Shows `totals` while a job runs, and keeps the metrics file; with `quiet` nothing is shown.
 
-    def __init__(self, totals: Totals, *, quiet: bool) -> None:
+    It works in a thread of its own, so that no part of a job, and no long launch, leaves whoever
+    looks in the dark. `status_requests` are answered with a line, even where `quiet`.
+    """
+
+    def __init__(
+        self,
+        totals: Totals,
+        log: Log,
+        *,
+        quiet: bool,
+        metrics: MetricsFile | None = None,
+        status_requests: SimpleQueue[None] | None = None,
+        line_seconds: float = _LINE_SECONDS,
+        metrics_seconds: float = _METRICS_SECONDS,
+    ) -> None:
         self._totals = totals
+        self._log = log
         self._quiet = quiet
+        self._metrics = metrics
+        self._has_warned = False
+        self._exit_code: ExitCode | None = None
+        # An entry wakes the thread: for a line of status, or, when it is to end, to see that.
+        self._status_requests = status_requests or SimpleQueue()
+        self._is_over = False
+        self._line_seconds = line_seconds
+        self._metrics_seconds = metrics_seconds
         self._console = _Stderr()
-        self._is_bar = self._console.is_terminal and not quiet
-        self._next = time.monotonic() + (_BAR_SECONDS if self._is_bar else _LINE_SECONDS)
+        self._is_bar = self._console.is_terminal and not quiet and not log.is_json
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,9 +78,15 @@ class Progress:
             transient=True,
         )
         self._task = self._bar.add_task("rows", total=None, rates="")
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def __enter__(self) -> "Progress":
-        self._bar.start()
+        """Raises CommandError where the metrics file cannot be written."""
+        if self._metrics is not None:
+            self._metrics.write(self._totals, None)
+        with suppress(OSError):
+            self._bar.start()
+        self._thread.start()
         return self
 
     def __exit__(
@@ -58,39 +95,35 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._is_over = True
+        self._status_requests.put(None)
+        self._thread.join(_JOIN_SECONDS)
+        with suppress(OSError):  # of a terminal that is gone
+            self._bar.stop()
+        self._write_metrics(self._exit_code if error is None else exit_code_of(error))
 
-    def update(self) -> None:
-        """Show the totals as they are, when it is time."""
-        if self._quiet or time.monotonic() < self._next:
-            return
-        if self._is_bar:
-            self._next = time.monotonic() + _BAR_SECONDS
-            self._bar.update(
-                self._task,
-                completed=self._totals.num_rows,
-                total=self._totals.num_expected_rows,
-                rates=self._rates(),
-            )
-        else:
-            self._next = time.monotonic() + _LINE_SECONDS
-            self.say(f"{self._counts()}, {self._rates()}")
-
-    def say(self, line: str) -> None:
-        """One line to stderr, markup and wrapping off."""
+    def say(self, event: str, message: str) -> None:
+        """One line, with the counts in JSON."""
         if not self._quiet:
-            with suppress(OSError):
-                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._tell(event, message)
 
-    def close(self) -> None:
-        """The closing table."""
-        if self._quiet:
-            return
+    def end(self, exit_code: ExitCode, message: str | None = None) -> None:
+        """The job has ended so: the closing table, or a line in its place."""
+        self._exit_code = exit_code
+        if message is not None:
+            self.say("end", message)
+        elif not self._quiet:
+            self._show_totals()
+
+    def _show_totals(self) -> None:
         stats = self._totals.as_dict()
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         rows, tokens, rates = stats["rows"], stats["tokens"], stats["throughput"]
         earlier = f" ({rows['resumed']} by an earlier run)" if rows["resumed"] else ""
         done = f"{rows['completed']} completed{earlier}, {rows['failed']} failed"
+        if self._log.is_json:
+            self._tell("end", done)
+            return
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_row("rows", done)
         table.add_row("prompt tokens", f"{tokens['prompt']}, {tokens['cached']} from the cache")
         table.add_row("completion tokens", f"{tokens['completion']}")
@@ -104,10 +137,77 @@ class Progress:
         with suppress(OSError):
             self._console.print(table, highlight=False)
 
-    def _counts(self) -> str:
-        expected = self._totals.num_expected_rows
-        of = f" of {expected}" if expected is not None else ""
-        return f"{self._totals.num_rows}{of} rows, {self._totals.num_failed_rows} failed"
+    def _run(self) -> None:
+        next_line = next_metrics = time.monotonic()
+        next_line += self._line_seconds
+        next_metrics += self._metrics_seconds
+        while True:
+            wake = min(next_line, next_metrics)
+            if self._is_bar:
+                wake = min(wake, time.monotonic() + _BAR_SECONDS)
+            try:
+                self._status_requests.get(timeout=max(wake - time.monotonic(), 0.0))
+                if self._is_over:
+                    return
+                self._tell("status", self._status())
+            except Empty:
+                pass
+            now = time.monotonic()
+            if self._is_bar:
+                self._show_bar()
+            if now >= next_line:
+                next_line = now + self._line_seconds
+                if not self._is_bar:
+                    self.say("progress", self._status())
+            if now >= next_metrics:
+                next_metrics = now + self._metrics_seconds
+                self._write_metrics(None)
+
+    def _show_bar(self) -> None:
+        with suppress(OSError):
+            self._bar.update(
+                self._task,
+                description=self._totals.current_phase,
+                completed=self._totals.num_rows,
+                total=self._totals.num_expected_rows,
+                rates=self._rates(),
+            )
+
+    def _write_metrics(self, exit_code: ExitCode | None) -> None:
+        if self._metrics is None:
+            return
+        try:
+            self._metrics.write(self._totals, exit_code)
+        except CommandError as error:
+            if not self._has_warned:  # the job is worth more than its metrics
+                self._has_warned = True
+                self._tell("metrics", error.message, "warning")
+
+    def _tell(self, event: str, message: str, level: Level = "info") -> None:
+        if self._is_bar:
+            with suppress(OSError):
+                self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+            return
+        self._log.say(event, message, level=level, **self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        if not self._log.is_json:
+            return {}
+        totals = self._totals
+        facts: dict[str, Any] = {
+            "phase": totals.current_phase,
+            "expected_rows": totals.num_expected_rows,
+        }
+        if self._exit_code is not None:
+            facts["exit_code"] = self._exit_code
+        return {**facts, **totals.as_dict()}
+
+    def _status(self) -> str:
+        totals = self._totals
+        return (
+            f"{totals.current_phase}, {totals.elapsed_seconds:.0f} s: {totals.counts()}, "
+            f"{self._rates()}"
+        )
 
     def _rates(self) -> str:
         stats = self._totals.as_dict()

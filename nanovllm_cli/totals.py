@@ -1,4 +1,4 @@
-"""Totals: what a job has counted so far, for progress, the closing table and the stats file."""
+"""Totals: what a job has counted so far, for whoever shows or keeps it, from any thread."""
 
 import time
 from collections import Counter
@@ -11,6 +11,7 @@ import orjson
 
 from nanovllm_cli.core.stats import EngineStats
 
+from .finished import JobRecord
 from .journal import Journal, Kind
 
 
@@ -36,6 +37,12 @@ class Totals:
         for _, line in journal.lines(Kind.FAILED):
             self.errors[orjson.loads(line)["error"]["code"]] += 1
 
+    def take_finished(self, record: JobRecord) -> None:
+        """Count a job that an earlier run has finished."""
+        self.num_expected_rows = record.num_completed + len(record.failed_rows)
+        self.num_completed_rows = self.num_resumed_rows = record.num_completed
+        self.errors["in_an_earlier_run"] = len(record.failed_rows)
+
     @property
     def num_failed_rows(self) -> int:
         return self.errors.total()
@@ -45,9 +52,19 @@ class Totals:
         """Rows that are done, well or not."""
         return self.num_completed_rows + self.num_failed_rows
 
+    def counts(self) -> str:
+        """How many rows are done, in words."""
+        of = f" of {self.num_expected_rows}" if self.num_expected_rows is not None else ""
+        return f"{self.num_rows}{of} rows done, {self.num_failed_rows} failed"
+
     @property
     def elapsed_seconds(self) -> float:
         return time.perf_counter() - self.started
+
+    @property
+    def current_phase(self) -> str:
+        """The part of the job that runs."""
+        return next(reversed(list(self._open_phases)), "start")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -70,7 +87,7 @@ class Totals:
         def share(part: int, whole: int) -> float:
             return round(part / whole, 4) if whole else 0.0
 
-        open_phases = {name: now - start for name, start in self._open_phases.items()}
+        open_phases = {name: now - start for name, start in dict(self._open_phases).items()}
         phases = self.phases | open_phases
         return {
             "rows": {

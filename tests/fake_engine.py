@@ -32,6 +32,7 @@ class FakeEngine:
     ) -> None:
         self.stats = EngineStats()
         self.max_model_len = 4096
+        self.attention_backend = "fake"
         self.num_added = 0
         self._rows_per_step = rows_per_step
         self._step_seconds = step_seconds

@@ -53,7 +53,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[GenerateOptions]:
     """The options of each job that is begun from here on; no job runs."""
     seen: list[GenerateOptions] = []
 
-    def generate(options: GenerateOptions) -> int:
+    def generate(options: GenerateOptions, **_: object) -> int:
         seen.append(options)
         return 0
 
@@ -138,6 +138,7 @@ VALUES = {
     "--max-tokens": "7",
     "--max-error-rate": "0.5",
     "--shard": "1/2",
+    "--log-format": "json",
 }
 
 

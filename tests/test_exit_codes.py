@@ -102,11 +102,11 @@ def test_an_error_is_on_stderr_and_not_on_stdout(name: str, runs: dict[str, Run]
     if name == "head, stdin open":  # the reader has its line, and there is nobody to tell
         assert stdout.count(b"\n") == 1
         json.loads(stdout)
-        assert stderr == ""
+        assert "error" not in stderr
         return
     assert stdout == b""
     if name != "full stdout, help":
-        assert stderr.startswith("error: ")
+        assert "error: " in stderr
     if not name.startswith("full"):
         assert "\n\nhint: " in stderr
 
@@ -173,7 +173,7 @@ def test_a_disk_that_fills_up_is_74_and_nothing_is_published(tmp_path: Path) -> 
     )
     assert ended.returncode == 74, ended.stderr
     assert ended.stdout == b""
-    assert ended.stderr.startswith(b"error: cannot write out.")
+    assert b"\nerror: cannot write out." in ended.stderr
     assert b"Traceback" not in ended.stderr
     left = {path.name for path in tmp_path.iterdir()}
     assert {name for name in left if not name.endswith(".partial")} == {"in.jsonl"}
@@ -196,7 +196,13 @@ def one_row(tmp_path: Path) -> Path:
         *(("--max-tokens", "0"), ("--max-tokens", "many")),
         *(("--min-tokens", "-1"), ("--min-tokens", "5", "--max-tokens", "4")),
         *(("--n", "0"), ("--n", "129"), ("--seed", "-1"), ("--seed", str(2**64)), ("--stop", "")),
-        *(("--limit", "0"), ("--max-inflight", "0"), ("--max-num-seqs", "0")),
+        *(("--timeout", "0"), ("--timeout", "-1"), ("--timeout", "nan"), ("--timeout", "inf")),
+        *(
+            ("--log-format", "xml"),
+            ("--limit", "0"),
+            ("--max-inflight", "0"),
+            ("--max-num-seqs", "0"),
+        ),
         *(("--max-num-batched-tokens", "0"), ("--max-model-len", "0"), ("--block-size", "17")),
         *(
             ("--max-model-len", "5000"),
@@ -357,7 +363,7 @@ def test_an_error_of_ours_is_1_with_a_traceback_only_on_demand(
 
     monkeypatch.setattr("nanovllm_cli.pipeline.Engine.from_checkpoint", broken)
     output = tmp_path / "out.jsonl"
-    ended = generate(one_row(tmp_path), "-o", output)
+    ended = generate(one_row(tmp_path), "-o", output, "--quiet")
     assert (ended.code, ended.stdout) == (1, b"")
     assert ended.stderr.startswith("error: internal error: RuntimeError: boom\n\nhint: ")
     assert "Traceback" not in ended.stderr
@@ -410,7 +416,8 @@ def test_a_model_with_a_broken_file_is_65(file: str, content: bytes | None, tmp_
     (model / file).unlink()
     if content is not None:
         (model / file).write_bytes(content)
-    ended = call("generate", one_row(tmp_path), "--model", model, "-o", tmp_path / "out.jsonl")
+    flags = ("--model", model, "-o", tmp_path / "out.jsonl", "--quiet")
+    ended = call("generate", one_row(tmp_path), *flags)
     assert ended.code == 65, ended
     assert ended.stdout == b""
     assert ended.stderr.startswith("error: ")

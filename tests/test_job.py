@@ -18,6 +18,7 @@ from nanovllm_cli.prompt_options import PromptOptions
 from nanovllm_cli.prompts import Prompt, to_prompt
 from nanovllm_cli.results import Sample, error_line, result_line
 from nanovllm_cli.rows import BadRow, Row
+from nanovllm_cli.signals import Signals
 from nanovllm_cli.totals import Totals
 
 
@@ -122,8 +123,8 @@ class FakeOutput:
 
 
 class FakeProgress:
-    def update(self) -> None:
-        """Nothing to see."""
+    def say(self, event: str, message: str) -> None:
+        """Nobody listens."""
 
 
 def run_job(
@@ -146,7 +147,7 @@ def run_job(
     }
     given = GenerateOptions(inputs=[], **options)
     progress: Any = FakeProgress()
-    Job(given, sampling=given.sampling, totals=totals, **fakes).run(progress)
+    Job(given, sampling=given.sampling, totals=totals, signals=Signals(), **fakes).run(progress)
     assert totals.num_rows == len(raws) == len(output.rows) + len(output.errors)
     return engine, output, totals
 
@@ -317,7 +318,7 @@ def test_the_rows_that_wait_for_an_earlier_one_are_in_flight_still() -> None:
     }
     given = GenerateOptions(inputs=[], max_inflight=7)
     progress: Any = FakeProgress()
-    Job(given, sampling={}, totals=Totals(), **fakes).run(progress)
+    Job(given, sampling={}, totals=Totals(), signals=Signals(), **fakes).run(progress)
     assert len(output.rows) == 50
     assert max(most_held) == 7
 

@@ -22,7 +22,6 @@ from nanovllm_cli.run_job import run_job
         (MemoryTooSmall("x"), 69),
         (GpuFailed("x"), 69),
         (EngineDied("x"), 69),
-        (KeyboardInterrupt(), 130),
         (ZeroDivisionError(), 1),
     ],
     ids=repr,
