@@ -67,10 +67,10 @@ class RankGroup:
         self._changed = threading.Condition()
         self._store_fd = os.memfd_create("ranks")  # NCCL may look into it at any time
         self._followers: list[_Follower] = []
+        self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         try:
             for rank in range(1, config.tensor_parallel_size):
                 self._followers.append(_start(rank, self._store_fd))
-            self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
             self._watcher.start()
             for follower in self._followers:
                 message = {**start_message(source, config), "rank": follower.rank}
@@ -83,16 +83,15 @@ class RankGroup:
             raise
         self._may_hang = False  # rank 0 loads, and has errors of its own to tell
 
-    @property
-    def pids(self) -> list[int]:
-        """The other ranks'."""
-        return [follower.process.pid for follower in self._followers]
-
     def runner(self, make: Callable[[], Runner]) -> Runner:
         """Rank 0's, made when all have loaded; its launches are everyone's."""
-        self._meet()
-        with self._collectives():
-            return _LeadingRunner(make(), self)
+        try:
+            self._meet()
+            with self._collectives():
+                return _LeadingRunner(make(), self)
+        except BaseException:
+            self._end_followers()  # what graphs there are still hold collectives
+            raise
 
     def launch(self, batch: Batch, own: Runner) -> Launch:
         """The same launch on every rank."""
@@ -106,10 +105,16 @@ class RankGroup:
             return own.launch(batch)
 
     def close(self) -> None:
-        """End the processes; no graph on this GPU may hold a collective any more."""
-        self._end_followers()
+        """End the processes; no graph on this GPU may hold a collective any more.
+
+        A second call does nothing.
+        """
+        if self._is_closing:
+            return
+        self._is_closing = True
         if self.death is None and self.parallel.collectives is not None:
             self.parallel.collectives.close()
+        self._end_followers()
 
     def _end_followers(self) -> None:
         """Politely first: one with nothing to do ends as soon as the connection does."""
@@ -123,7 +128,7 @@ class RankGroup:
             except subprocess.TimeoutExpired:
                 follower.process.kill()
                 follower.process.wait()
-        if self._followers:
+        if self._watcher.is_alive():
             self._watcher.join()
         for follower in self._followers:
             follower.channel.close()

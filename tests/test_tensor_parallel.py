@@ -255,6 +255,22 @@ def test_a_checkpoint_that_cannot_be_used_is_named_and_no_rank_is_left(
     assert not children_of(os.getpid())
 
 
+def test_a_cache_too_small_on_every_rank_is_named_and_no_rank_is_left(checkpoint: Path) -> None:
+    code = (
+        "import sys\n"
+        "from tests.test_tensor_parallel import *\n"
+        "try: Engine.load(Path(sys.argv[1]), config(2, kv_cache_bytes=1000))\n"
+        "except UserError as error: print(error, children_of(os.getpid()), flush=True)\n"
+        "time.sleep(1)\n"  # a death that nobody takes notice of would end the process
+    )
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", code, str(checkpoint)]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("1000 bytes are left for the KV cache")
+    assert run.stdout.endswith(" []\n")
+
+
 # What is sent at every launch
 
 int32s = st.integers(-(2**31), 2**31 - 1)
