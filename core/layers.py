@@ -68,8 +68,8 @@ class Embedding(nn.Module):
             return self.weight[token_ids]
         own_ids = token_ids - self.shard.start
         rows = own_ids.clamp(0, self.shard.length - 1)
-        is_own = (rows == own_ids).unsqueeze(1)
-        return self.parallel.sum(torch.where(is_own, self.weight[rows], 0.0))
+        is_elsewhere = (rows != own_ids).unsqueeze(1)
+        return self.parallel.sum(self.weight[rows].masked_fill_(is_elsewhere, 0.0))
 
 
 class RMSNorm(nn.Module):
