@@ -28,6 +28,10 @@ class Channel:
         self._received = bytearray()
         self.is_closed = False  # by the other end
 
+    def fileno(self) -> int:
+        """The socket's, to poll; negative after `close`."""
+        return self._socket.fileno()
+
     def send(self, kind: int, payload: bytes) -> None:
         """Queue a message; `flush` and `wait` send it."""
         self._unsent.append(memoryview(_HEADER.pack(kind, len(payload)) + payload))

@@ -50,6 +50,7 @@ class Engine:
         # One block is scratch. A small cache shortens what can be asked for.
         longest = (self.num_blocks - 1) * resolved.block_size
         self.max_model_len = min(resolved.max_model_len, longest)
+        self.max_num_seqs = resolved.max_num_seqs
         self._scheduler = Scheduler(
             BlockManager(
                 self.num_blocks,

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from contextlib import suppress
 from typing import Any
@@ -33,10 +34,16 @@ _HINT = "The system's log (dmesg) may say why. The same command may be tried aga
 class EngineChild:
     """An engine process, which imports torch and waits for START.
 
-    `death` is what ended it, once something has.
+    `environment` comes on top of this process's. `death` is what ended it, once something has.
     """
 
-    def __init__(self, *, command: Seq[str] = COMMAND, hang_seconds: float = HANG_SECONDS) -> None:
+    def __init__(
+        self,
+        *,
+        command: Seq[str] = COMMAND,
+        hang_seconds: float = HANG_SECONDS,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         ours, theirs = (above_the_streams(end) for end in socket.socketpair())
         heartbeat = os.memfd_create("heartbeat")
         try:
@@ -56,7 +63,11 @@ class EngineChild:
                 stderr=stderr,
                 start_new_session=True,
                 # It finds the modules that this process finds.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                env={
+                    **os.environ,
+                    **(environment or {}),
+                    "PYTHONPATH": os.pathsep.join(sys.path),
+                },
             )
         except BaseException:
             ours.close()
@@ -72,6 +83,10 @@ class EngineChild:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def fileno(self) -> int:
+        """To poll for something to receive; negative once the process is killed or closed."""
+        return self._channel.fileno()
 
     def send(self, kind: Kind, payload: bytes) -> None:
         """Send a message; what the process does not take at once goes with `exchange`."""

@@ -31,11 +31,11 @@ from nanovllm_cli.core.messages import (
 from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output, Request
 from nanovllm_cli.core.stats import EngineStats
 
-_STEP_SECONDS = 0.02  # the caller may have more requests by then
+STEP_SECONDS = 0.02  # the caller may have more requests by then
 _MESSAGE_TOKEN_IDS = 1 << 16  # a message ends with the request that reaches so many
-_MAX_DEATHS = 2  # of the engine for one request, after which the request fails
+MAX_DEATHS = 2  # of the engine for one request, after which the request fails
 _MAX_DEATHS_IN_A_ROW = 3  # without a completion between
-_MAX_SUSPECTS = 64  # in the engine at once: as many fail where one of them kills it
+MAX_SUSPECTS = 64  # in the engine at once: as many fail where one of them kills it
 
 
 @dataclass(slots=True)
@@ -102,9 +102,23 @@ class EngineProcess:
         return max_model_len
 
     @property
+    def max_num_seqs(self) -> int:
+        max_num_seqs: int = self._facts()["max_num_seqs"]
+        return max_num_seqs
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the engine is loaded, so that nothing that it knows waits."""
+        return self._known is not None
+
+    @property
     def pid(self) -> int:
         """The engine process's."""
         return self._child.pid
+
+    def fileno(self) -> int:
+        """To poll for something that `step` would take in; negative after the engine's end."""
+        return self._child.fileno()
 
     def wait_until_ready(self) -> None:
         """Until the engine is loaded; requests may be added before."""
@@ -114,13 +128,10 @@ class EngineProcess:
         """Queue a request; one that can never run comes back as its Failure, now or from `step`."""
         request_id = request.request_id
         assert request_id not in self._in_flight, f"request {request_id} runs already"
-        try:
-            to_token_ids(request.sampling.stop_token_ids)
-            token_ids = to_token_ids(request.prompt_token_ids)
-        except OverflowError:
-            message = "a token id is outside every vocabulary"
-            return Failure(request_id=request_id, code="bad_token_ids", message=message)
-        self._in_flight[request_id] = _InFlight(replace(request, prompt_token_ids=token_ids))
+        checked = to_sendable(request)
+        if isinstance(checked, Failure):
+            return checked
+        self._in_flight[request_id] = _InFlight(checked)
         self._unsent.append(request_id)
         return None
 
@@ -130,15 +141,23 @@ class EngineProcess:
         if entry is None:
             return
         self._forget(request_id)
-        if entry.is_sent:
+        if entry.is_sent and self._child.death is None:
             self._child.send(Kind.ABORTS, encode_aborts([request_id]))
 
-    def step(self) -> list[Output]:
-        """What has come from the engine; waits for it a moment, where something is to come."""
+    def withdraw(self) -> dict[int, bool]:
+        """Drop every request, after a death; of each, whether the engine had it as it died."""
+        withdrawn = {i: e.is_sent or e.num_deaths > 0 for i, e in self._in_flight.items()}
+        self._in_flight.clear()
+        self._unsent.clear()
+        self._suspects.clear()
+        return withdrawn
+
+    def step(self, seconds: float = STEP_SECONDS) -> list[Output]:
+        """What has come from the engine; waits so long for it, where something is to come."""
         if self._child.death is not None:
             return self._recover(self._child.death)
         self._send_requests()
-        return self._exchange(_STEP_SECONDS if self._in_flight else 0.0)
+        return self._exchange(seconds if self._in_flight else 0.0)
 
     def close(self) -> None:
         """End the process. With requests in flight, or still loading, it holds nothing to save."""
@@ -157,7 +176,7 @@ class EngineProcess:
         while self._known is None:
             if self._child.death is not None:
                 self._recover(self._child.death)  # no request is there yet to come of it
-            self._exchange(_STEP_SECONDS)
+            self._exchange(STEP_SECONDS)
         return self._known
 
     def _send_requests(self) -> None:
@@ -172,7 +191,7 @@ class EngineProcess:
                 self._unsent.popleft()  # aborted
                 continue
             if entry.num_deaths:
-                if len(self._suspects) == _MAX_SUSPECTS:
+                if len(self._suspects) == MAX_SUSPECTS:
                     break
                 self._suspects.add(self._unsent[0])
             self._unsent.popleft()
@@ -238,9 +257,9 @@ class EngineProcess:
                 continue
             entry.is_sent = False
             entry.num_deaths += 1
-            if entry.num_deaths == _MAX_DEATHS:
+            if entry.num_deaths == MAX_DEATHS:
                 del self._in_flight[request_id]
-                message = f"in the engine at {_MAX_DEATHS} of its deaths; then {death.message}"
+                message = f"in the engine at {MAX_DEATHS} of its deaths; then {death.message}"
                 outputs.append(Failure(request_id=request_id, code="engine_died", message=message))
             elif entry.has_reported:
                 entry.has_reported = False
@@ -251,3 +270,14 @@ class EngineProcess:
         self.num_restarts += 1
         self._start(self._spawn())
         return outputs
+
+
+def to_sendable(request: Request) -> Request | Failure:
+    """The request with its token ids as int32, or why it can never run."""
+    try:
+        to_token_ids(request.sampling.stop_token_ids)
+        token_ids = to_token_ids(request.prompt_token_ids)
+    except OverflowError:
+        message = "a token id is outside every vocabulary"
+        return Failure(request_id=request.request_id, code="bad_token_ids", message=message)
+    return replace(request, prompt_token_ids=token_ids)

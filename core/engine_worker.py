@@ -43,6 +43,7 @@ class AnyEngine(Protocol):
     attention_backend: str
     num_blocks: int
     max_model_len: int
+    max_num_seqs: int
 
     @property
     def device(self) -> str: ...
@@ -109,6 +110,7 @@ def main(prepare: Callable[[], MakeEngine] = import_engine) -> NoReturn:
             "attention_backend": engine.attention_backend,
             "num_blocks": engine.num_blocks,
             "max_model_len": engine.max_model_len,
+            "max_num_seqs": engine.max_num_seqs,
         }
         channel.send(Kind.READY, encode_json(ready))
         _serve(channel, engine, heartbeat)

@@ -102,6 +102,7 @@ class FakeEngine:
     attention_backend = "none"
     num_blocks = 7
     max_model_len = 1 << 20
+    max_num_seqs = 8
 
     def __init__(self, device: str) -> None:
         self.device = device
