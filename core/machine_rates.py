@@ -8,7 +8,7 @@ own product is timed.
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +30,14 @@ class MachineRates:
     flops_per_second: float
     bytes_measured_by: str
     flops_measured_by: str
+
+    def of_several(self, num_gpus: int) -> "MachineRates":
+        """Those of so many equal GPUs, one of which was measured."""
+        return replace(
+            self,
+            bytes_per_second=self.bytes_per_second * num_gpus,
+            flops_per_second=self.flops_per_second * num_gpus,
+        )
 
 
 def gpu_rates(dtype: torch.dtype) -> MachineRates:

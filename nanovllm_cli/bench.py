@@ -65,6 +65,8 @@ def bench(options: BenchOptions) -> ExitCode:
     measurement = measure(options, settings, model, checkpoint, draw, counters)
     timed = measurement.median_pass
     rates = _machine_rates(settings, num_threads)
+    if settings.device == "cuda":
+        rates = rates.of_several(settings.tensor_parallel_size)
     least = bound(
         model,
         getattr(torch, settings.dtype).itemsize,

@@ -127,6 +127,7 @@ def generate_command(
     ),
     max_model_len: flags.MaxModelLen = None,
     device: flags.Device = flags.DEFAULTS.device,
+    tensor_parallel_size: flags.TensorParallelSize = flags.DEFAULTS.tensor_parallel_size,
     max_num_seqs: flags.MaxNumSeqs = None,
     max_num_batched_tokens: flags.MaxNumBatchedTokens = None,
     gpu_memory_utilization: flags.GpuMemoryUtilization = flags.DEFAULTS.gpu_memory_utilization,
@@ -231,6 +232,7 @@ def generate_command(
                 dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
                 max_model_len=max_model_len,
                 device=device,  # type: ignore[arg-type]  # likewise
+                tensor_parallel_size=tensor_parallel_size,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 block_size=block_size,

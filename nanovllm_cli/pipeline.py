@@ -151,7 +151,7 @@ def _run(
         with totals.phase("generate"), signals.held():
             is_done = job.run(progress)
     finally:
-        if isinstance(engine, EngineProcess):
+        if engine is not None:
             engine.close()
         if feeder is not None:
             feeder.close()

@@ -49,6 +49,9 @@ class FakeEngine:
         self._waiting.append(request)
         return None
 
+    def close(self) -> None:
+        """It holds nothing."""
+
     def abort(self, request_id: int) -> None:
         self._waiting = [item for item in self._waiting if item.request_id != request_id]
 
