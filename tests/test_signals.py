@@ -21,7 +21,7 @@ from .cli import COMMAND, MODEL, ROOT, SAMPLE, TIMEOUT_SECONDS, environment, rea
 CODES = {"SIGTERM": -15, "SIGHUP": -1, "SIGINT": -2, "SIGINT twice": -2}
 ARGUMENTS = [
     *("generate", SAMPLE / "prompts.jsonl", "--model", MODEL),
-    *("--max-num-seqs", "16", "--max-tokens", "24", "--limit", "200"),
+    *("--max-num-seqs", "16", "--max-tokens", "12", "--limit", "200"),
 ]
 LONG = ("--max-tokens", "2000", "--ignore-eos")  # rows that are not done in any test's time
 
@@ -55,6 +55,16 @@ def engines_of(pid: int) -> list[str]:
         if "nanovllm_cli.core.engine_worker" in words and str(pid) in words:
             found.append(path.parent.name)
     return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, float]:
+    """What a run that gets no signal writes, and its seconds."""
+    output = tmp_path_factory.mktemp("whole") / "out.jsonl"
+    begin = time.monotonic()
+    with started(*ARGUMENTS, "-o", output) as process:
+        process.communicate()
+    return output.read_bytes(), time.monotonic() - begin
 
 
 def trials(tmp_path: Path, number: int, step_seconds: float) -> dict[str, Any]:
@@ -93,15 +103,10 @@ def test_signals_at_random_moments_end_a_job_as_promised_and_change_no_byte(
 @pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("number", [1, pytest.param(5, marks=pytest.mark.long)])
 def test_signals_to_the_real_command_leave_nothing_running_and_change_no_byte(
-    kind: str, number: int, tmp_path: Path
+    kind: str, number: int, whole: tuple[bytes, float], tmp_path: Path
 ) -> None:
     chance = random.Random(kind)
-    whole = tmp_path / "whole.jsonl"
-    begin = time.monotonic()
-    with started(*ARGUMENTS, "-o", whole) as process:
-        wait_for(process.stderr, "loading")
-        process.communicate()
-    seconds = time.monotonic() - begin
+    expected, seconds = whole
     output = tmp_path / "out.jsonl"
     for _ in range(number):
         with started(*ARGUMENTS, "-o", output) as process:
@@ -120,7 +125,7 @@ def test_signals_to_the_real_command_leave_nothing_running_and_change_no_byte(
         with started(*ARGUMENTS, "-o", output) as process:
             process.communicate()
         assert process.returncode == 0
-        assert output.read_bytes() == whole.read_bytes()
+        assert output.read_bytes() == expected
         output.unlink()
         (tmp_path / "out.jsonl.stats.json").unlink()
 
