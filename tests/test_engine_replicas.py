@@ -158,12 +158,12 @@ def test_prompts_that_begin_alike_meet_at_one_replica_unless_it_is_too_busy(star
     engine = start("real")
     engine.wait_until_ready()
     rng = np.random.default_rng(0)
-    prefixes = rng.integers(0, 1000, (6, 128)).tolist()
+    prefixes = rng.integers(0, 1000, (5, 128)).tolist()  # odd: load alone would part them
     prompts = [[*prefix, i] for i in range(4) for prefix in prefixes]  # taken in turns
     finish(engine, [ask(i, prompt, max_tokens=2) for i, prompt in enumerate(prompts)])
     # Each prefix, of two blocks, was computed once and found three times.
-    assert engine.stats.num_prompt_tokens == 24 * 129
-    assert engine.stats.num_cached_tokens == 6 * 3 * 128
+    assert engine.stats.num_prompt_tokens == 20 * 129
+    assert engine.stats.num_cached_tokens == 5 * 3 * 128
     before = engine.stats.copy()
     prefix = rng.integers(0, 1000, 128).tolist()  # and now one for all
     finish(engine, [ask(i, [*prefix, i], max_tokens=2) for i in range(40)])
@@ -287,7 +287,8 @@ def test_a_slow_replica_gets_less(start: Start) -> None:
     engine = start(hang_seconds=60.0)
     engine.wait_until_ready()
     os.kill(engine.pids[0], signal.SIGSTOP)
-    requests = [ask(i) for i in range(200)]
+    # Nobody helps out with those that report their tokens.
+    requests = [replace(ask(i), reports_tokens=True) for i in range(200)]
     for request in requests:
         engine.add(request)
     ended = run_until(engine, lambda: engine.stats.num_completion_tokens >= 3 * (200 - 12))
