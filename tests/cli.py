@@ -7,6 +7,7 @@ the same `main` with the same arguments and only the process is missing.
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -94,10 +95,13 @@ def call(*arguments: str | Path, stdin: bytes = b"", env: Mapping[str, str] | No
             os.environ, {**clean, **alone, "COLUMNS": "200", **(env or {})}, clear=True
         ),
     ):
+        interrupt = signal.getsignal(signal.SIGINT)
         try:
             app.main()
         except SystemExit as error:
             code = error.code
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
     stdout.flush()
     stderr.flush()
     assert isinstance(stdout.buffer, io.BytesIO)

@@ -196,7 +196,7 @@ def test_the_models_own_sampling_comes_last(source: Path, tmp_path: Path) -> Non
 
 
 def test_the_same_seed_gives_the_same_and_another_gives_another(source: Path) -> None:
-    flags = ("--temperature", "2", "--max-tokens", "8", "-q")
+    flags = ("--temperature", "2", "--max-tokens", "8", "--ignore-eos", "-q")
     first = generate(source, *flags).stdout
     assert generate(source, *flags, "--seed", "0").stdout == first
     assert generate(source, *flags, "--seed", "1").stdout != first
