@@ -56,8 +56,9 @@ def dry_run(options: GenerateOptions) -> ExitCode:
 
     kv_bytes = model.kv_bytes_per_token(4 if engine.dtype == "float32" else 2)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    failed = "".join(f", {count} {code}" for code, count in errors.items())
-    table.add_row("rows", f"{num_rows} good, {errors.total()} bad{failed}")
+    table.add_row("rows", f"{num_rows} good, {errors.total()} bad")
+    for code, count in errors.most_common():
+        table.add_row("", f"{count} {code}")
     table.add_row("prompt tokens", f"{num_prompt_tokens}, the longest prompt {longest_prompt}")
     table.add_row("completion tokens", f"at most {num_completion_tokens}")
     table.add_row(

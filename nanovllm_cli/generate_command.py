@@ -6,7 +6,6 @@ from typing import Any
 import typer
 
 from nanovllm_cli.core.config import EngineConfig
-from nanovllm_cli.core.engine_child import EngineChild
 from nanovllm_cli.core.errors import UserError
 
 from . import flags
@@ -283,6 +282,8 @@ def generate_command(
                 from .pipeline import generate
 
                 return generate(options, signals=signals)
+            from nanovllm_cli.core.engine_child import EngineChild
+
             child = EngineChild()  # imports torch while this process imports what it needs
             try:
                 from .pipeline import generate_supervised
