@@ -95,7 +95,7 @@ def main(prepare: Callable[[], MakeEngine] = import_engine) -> NoReturn:
     socket_fd, heartbeat_fd, parent_pid = map(int, sys.argv[1:])
     die_with(parent_pid)
     # Whether a signal ends the job is the parent's to decide; it may want the rows in flight.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=socket_fd))
     heartbeat = Heartbeat(heartbeat_fd)

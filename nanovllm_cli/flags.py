@@ -40,6 +40,13 @@ TensorParallelSize = Annotated[
         help="Share the model out to so many GPUs; on a CPU, to so many processes.",
     ),
 ]  # fmt: skip
+DataParallelSize = Annotated[
+    int,
+    shared_option(
+        "--data-parallel-size", "-dp", "--dp", panel=ENGINE,
+        help="So many engines, each on GPUs of its own, that share the rows; on a CPU, its cores.",
+    ),
+]  # fmt: skip
 MaxNumSeqs = Annotated[
     int | None,
     shared_option(

@@ -127,6 +127,7 @@ def generate_command(
     max_model_len: flags.MaxModelLen = None,
     device: flags.Device = flags.DEFAULTS.device,
     tensor_parallel_size: flags.TensorParallelSize = flags.DEFAULTS.tensor_parallel_size,
+    data_parallel_size: flags.DataParallelSize = GenerateOptions.data_parallel_size,
     max_num_seqs: flags.MaxNumSeqs = None,
     max_num_batched_tokens: flags.MaxNumBatchedTokens = None,
     gpu_memory_utilization: flags.GpuMemoryUtilization = flags.DEFAULTS.gpu_memory_utilization,
@@ -140,7 +141,7 @@ def generate_command(
     no_prefix_caching: flags.NoPrefixCaching = False,
     max_inflight: int | None = option(
         None, "--max-inflight", panel=flags.ENGINE, metavar="ROWS",
-        help="Rows read ahead of the output; default: 4 x max-num-seqs, or 4096.",
+        help="Rows read ahead of the output; default: 4 x max-num-seqs for each engine, or 4096.",
     ),
     limit: int | None = option(
         None, "--limit", panel=flags.RUN, metavar="ROWS", min=1, help="Only the first rows."
@@ -265,6 +266,7 @@ def generate_command(
             max_error_rate=max_error_rate,
             allow_errors=allow_errors,
             limit=limit,
+            data_parallel_size=data_parallel_size,
             max_inflight=max_inflight,
             quiet=quiet,
             timeout=timeout,
@@ -279,17 +281,24 @@ def generate_command(
             return run(options)
         with output_locks(options):
             if single_process:
+                if data_parallel_size > 1:
+                    raise UserError(
+                        f"--data-parallel-size is {data_parallel_size}, with --single-process",
+                        "Leave out one of them: each engine needs a process.",
+                    )
                 from .pipeline import generate
 
                 return generate(options, signals=signals)
-            from nanovllm_cli.core.engine_child import EngineChild
+            from nanovllm_cli.core.device_shares import start_children  # imports numpy
 
-            child = EngineChild()  # imports torch while this process imports what it needs
+            # They import torch while this process imports what it needs.
+            children = start_children(data_parallel_size, tensor_parallel_size)
             try:
                 from .pipeline import generate_supervised
 
-                return generate_supervised(options, child, signals)
+                return generate_supervised(options, children, signals)
             finally:
-                child.kill()  # nothing is left to kill where the job has closed it
+                for child in children:
+                    child.kill()  # nothing is left to kill where the job has closed it
 
     raise typer.Exit(run_job(job, debug=debug, log=Log(log_format), signals=signals))

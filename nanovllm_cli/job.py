@@ -9,6 +9,7 @@ import xxhash
 
 from nanovllm_cli.core.engine import Engine
 from nanovllm_cli.core.engine_process import EngineProcess
+from nanovllm_cli.core.engine_replicas import EngineReplicas
 from nanovllm_cli.core.request import (
     Completion,
     Failure,
@@ -53,7 +54,7 @@ class Job:
         options: GenerateOptions,
         *,
         sampling: dict[str, Any],
-        engine: Engine | EngineProcess,
+        engine: Engine | EngineProcess | EngineReplicas,
         tokenizer: PromptTokenizer,
         feeder: Feeder,
         output: JobOutput,
@@ -69,6 +70,7 @@ class Job:
         self._totals = totals
         self._signals = signals
         self._running: dict[int, _RunningRow] = {}  # by row index
+        self._num_replicas = options.data_parallel_size  # that have not been left out
         self._give_up: float | None = None  # when to end, after a stop
 
     def run(self, progress: Progress) -> bool:
@@ -105,11 +107,16 @@ class Job:
 
     def _say_restarts(self, progress: Progress) -> None:
         engine = self._engine
-        if isinstance(engine, EngineProcess) and engine.num_restarts > self._totals.num_restarts:
-            self._totals.num_restarts = engine.num_restarts
+        if not isinstance(engine, EngineProcess | EngineReplicas):
+            return
+        if isinstance(engine, EngineReplicas) and engine.num_replicas < self._num_replicas:
+            self._num_replicas = engine.num_replicas
+            progress.say("replica_lost", str(engine.last_death))
+        elif engine.num_restarts > self._totals.num_restarts:
             progress.say(
                 "restart", f"{engine.last_death}; it is started again, and its rows with it"
             )
+        self._totals.num_restarts = engine.num_restarts
 
     def _feed(self) -> None:
         """Queue rows in the engine up to the limit; wait for one only where there is no other."""

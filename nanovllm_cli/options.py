@@ -45,6 +45,7 @@ class GenerateOptions:
     allow_errors: bool = False
     max_error_rate: float | None = None  # stop where more rows fail; None: never
     limit: int | None = None
+    data_parallel_size: int = 1  # engines
     max_inflight: int | None = None  # rows; None: four for each that can run at a time
     quiet: bool = False
     timeout: float | None = None  # seconds for the whole job
@@ -62,6 +63,12 @@ class GenerateOptions:
                 "max-inflight",
                 self.max_inflight,
                 self.max_inflight is None or self.max_inflight >= 1,
+                "at least 1",
+            ),
+            (
+                "data-parallel-size",
+                self.data_parallel_size,
+                self.data_parallel_size >= 1,
                 "at least 1",
             ),
             ("wait-lock", self.wait_lock, self.wait_lock >= 0, "at least 0"),
@@ -99,4 +106,5 @@ class GenerateOptions:
         is left to the device, it is a GPU's 1024: only torch, which takes seconds to import, knows
         the device, and on a CPU, which runs 256, more rows cost memory and nothing else.
         """
-        return self.max_inflight or 4 * (self.engine.max_num_seqs or 1024)
+        in_each = 4 * (self.engine.max_num_seqs or 1024)
+        return self.max_inflight or self.data_parallel_size * in_each

@@ -15,6 +15,7 @@ from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.engine import Engine
 from nanovllm_cli.core.engine_child import EngineChild
 from nanovllm_cli.core.engine_process import EngineProcess
+from nanovllm_cli.core.engine_replicas import EngineReplicas
 
 from .exit_code import CommandError, ExitCode
 from .feeder import Feeder, to_prompts
@@ -36,7 +37,7 @@ from .signals import Signals, Stopped
 from .tokenizer import PromptTokenizer
 from .totals import Totals
 
-AnyEngine = Engine | EngineProcess
+AnyEngine = Engine | EngineProcess | EngineReplicas
 LoadEngine = Callable[[Path, EngineConfig], AnyEngine]
 
 
@@ -45,9 +46,14 @@ def load_engine(path: Path, config: EngineConfig) -> Engine:
     return Engine.from_checkpoint(path, config)
 
 
-def generate_supervised(options: GenerateOptions, child: EngineChild, signals: Signals) -> ExitCode:
-    """`generate` with the engine in `child`, whose death costs a restart and not the job."""
-    return generate(options, partial(EngineProcess, child=child), signals=signals)
+def generate_supervised(
+    options: GenerateOptions, children: list[EngineChild], signals: Signals
+) -> ExitCode:
+    """`generate` with an engine in each of `children`: a death costs a restart and not the job."""
+    load: LoadEngine = partial(EngineProcess, child=children[0])
+    if len(children) > 1:
+        load = partial(EngineReplicas, num_replicas=len(children), children=children)
+    return generate(options, load, signals=signals)
 
 
 def generate(

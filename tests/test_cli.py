@@ -140,6 +140,7 @@ VALUES = {
     "--shard": "1/2",
     "--log-format": "json",
     "--attention-backend": "torch",
+    "--data-parallel-size": "1",  # more need more processes than these tests start
 }
 
 
@@ -202,6 +203,15 @@ def test_the_same_seed_gives_the_same_and_another_gives_another(source: Path) ->
     assert generate(source, *flags, "--seed", "1").stdout != first
     texts = [json.loads(line)["completion"] for line in first.splitlines()]
     assert len(set(texts)) == 3, "rows of the same prompt draw for themselves"
+
+
+def test_several_engines_and_ranks_write_the_bytes_of_one(tmp_path: Path) -> None:
+    outputs = []
+    for flags in ((), ("--dp", "2"), ("--tp", "2")):
+        outputs.append(tmp_path / f"{'-'.join(flags)}.jsonl")
+        arguments = ["generate", SAMPLE / "prompts.jsonl", "--model", MODEL, "--limit", "24", "-q"]
+        assert run(*arguments, "-o", outputs[-1], *flags).code == 0
+    assert len({output.read_bytes() for output in outputs}) == 1
 
 
 # --- the prompt
