@@ -66,7 +66,8 @@ class Engine:
             max_window_steps=resolved.max_window_steps,
         )
         self._max_launches_in_flight = resolved.max_launches_in_flight
-        self._launches: deque[Launch] = deque()
+        self._launches: deque[tuple[Launch, bool]] = deque()  # whether it is a decode window
+        self._last_read = time.perf_counter()
 
     @classmethod
     def from_checkpoint(cls, path: Path, config: EngineConfig) -> "Engine":
@@ -124,17 +125,26 @@ class Engine:
         """Make one launch, if there is one to make, and read what is due."""
         batch = self._scheduler.schedule()
         if batch is not None:
-            start = time.perf_counter()
-            self._launches.append(self._runner.launch(batch))
-            seconds = time.perf_counter() - start
-            if isinstance(batch, DecodeBatch):
-                self.stats.decode_seconds += seconds
-            else:
-                self.stats.prefill_seconds += seconds
+            if not self._launches:
+                self._last_read = time.perf_counter()
+            is_decode = isinstance(batch, DecodeBatch)
+            self._launches.append((self._runner.launch(batch), is_decode))
         if self._launches and (batch is None or len(self._launches) > self._max_launches_in_flight):
-            return self._scheduler.update(self._launches.popleft().result())
+            launch, is_decode = self._launches.popleft()
+            result = launch.result()
+            self._count_seconds(is_decode=is_decode)
+            return self._scheduler.update(result)
         assert batch is not None or not self.has_work, "the scheduler makes no progress"
         return []
+
+    def _count_seconds(self, *, is_decode: bool) -> None:
+        """A launch has the time from the end of the one before it to its own end."""
+        now = time.perf_counter()
+        seconds, self._last_read = now - self._last_read, now
+        if is_decode:
+            self.stats.decode_seconds += seconds
+        else:
+            self.stats.prefill_seconds += seconds
 
 
 def sizes_of(source: Path | ModelConfig) -> ModelConfig:
