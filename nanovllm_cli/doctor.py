@@ -1,5 +1,6 @@
 """`nanovllm doctor`: what this machine is, and what a job would run on."""
 
+import errno
 import importlib.metadata
 import os
 import platform
@@ -37,6 +38,13 @@ _PACKAGES = (
 )
 
 
+class _Stdout(Console):
+    """A console on stdout; that its reader has left is the command's affair, and not rich's."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def doctor(*, as_json: bool) -> ExitCode:
     """Report on stdout: a table for people, or one JSON document."""
     report = _report()
@@ -53,7 +61,7 @@ def doctor(*, as_json: bool) -> ExitCode:
             value = "\n".join(map(str, value)) or "none"
         table.add_row(name.replace("_", " "), str(value))
     with io_errors("standard output"):
-        Console().print(table, highlight=False)
+        _Stdout().print(table, highlight=False)
     return ExitCode.OK
 
 

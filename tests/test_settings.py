@@ -14,7 +14,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[GenerateOptions]:
     """The options of each job that is begun from here on; no job runs."""
     seen: list[GenerateOptions] = []
 
-    def generate(options: GenerateOptions) -> int:
+    def generate(options: GenerateOptions, **_: object) -> int:
         seen.append(options)
         return 0
 
