@@ -4,13 +4,9 @@
 engine_child.py. It ends with its parent, whatever ends that. Its stdout is its parent's stderr.
 """
 
-import ctypes
 import os
-import signal
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,23 +14,19 @@ from typing import Any, NoReturn, Protocol
 
 from nanovllm_cli.core.channel import Channel
 from nanovllm_cli.core.config import EngineConfig, ModelConfig, RopeConfig
-from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.heartbeat import Heartbeat
 from nanovllm_cli.core.messages import (
     Kind,
     decode_aborts,
-    decode_json,
     decode_requests,
     encode_json,
     encode_outputs,
 )
 from nanovllm_cli.core.request import Failure, Output, Request
 from nanovllm_cli.core.stats import EngineStats
+from nanovllm_cli.core.worker_process import IDLE_SECONDS, receive_start, run_worker
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_IDLE_SECONDS = 60.0  # a message or the parent's end wakes the loop sooner
 _STATS_SECONDS = 0.1  # while no request finishes, for the progress
-_LAST_WORDS_SECONDS = 2.0
 
 
 class AnyEngine(Protocol):
@@ -93,17 +85,12 @@ def import_engine() -> MakeEngine:
 def main(prepare: Callable[[], MakeEngine] = import_engine) -> NoReturn:
     """Serve until the parent is gone or closes the connection."""
     socket_fd, heartbeat_fd, parent_pid = map(int, sys.argv[1:])
-    die_with(parent_pid)
-    # Whether a signal ends the job is the parent's to decide; it may want the rows in flight.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=socket_fd))
-    heartbeat = Heartbeat(heartbeat_fd)
-    exit_code = 0
-    try:
+
+    def work(channel: Channel) -> None:
+        heartbeat = Heartbeat(heartbeat_fd)
         with heartbeat.excused():
             make_engine = prepare()  # before it is asked for: the parent has imports of its own
-            engine = make_engine(_receive_start(channel))
+            engine = make_engine(receive_start(channel, Kind.START))
         heartbeat.processor_time_counts = engine.device == "cpu"
         ready = {
             "device": engine.device,
@@ -114,13 +101,8 @@ def main(prepare: Callable[[], MakeEngine] = import_engine) -> NoReturn:
         }
         channel.send(Kind.READY, encode_json(ready))
         _serve(channel, engine, heartbeat)
-    except Exception as error:
-        exit_code = 1
-        channel.send(Kind.ERROR, encode_json(describe_error(error)))
-        channel.flush_all(_LAST_WORDS_SECONDS)
-    # There is nothing to tidy up, and taking torch apart takes as long as importing it.
-    sys.stderr.flush()
-    os._exit(exit_code)
+
+    run_worker(parent_pid, socket_fd, work, error_kind=Kind.ERROR)
 
 
 def _serve(channel: Channel, engine: AnyEngine, heartbeat: Heartbeat) -> None:
@@ -144,35 +126,7 @@ def _serve(channel: Channel, engine: AnyEngine, heartbeat: Heartbeat) -> None:
         heartbeat.count_step()
         if not engine.has_work:
             with heartbeat.excused():
-                channel.wait(_IDLE_SECONDS)
-
-
-def _receive_start(channel: Channel) -> dict[str, Any]:
-    """The first message, and the only one before READY."""
-    while not (messages := channel.receive()):
-        if channel.is_closed:
-            os._exit(0)
-        channel.wait(_IDLE_SECONDS)
-    [(kind, payload)] = messages
-    assert kind == Kind.START, f"the first message is of kind {kind}"
-    return decode_json(payload)
-
-
-def describe_error(error: Exception) -> dict[str, Any]:
-    """For the parent, which raises a UserError again as what it was."""
-    return {
-        "type": type(error).__name__,
-        "message": str(error),
-        "hint": error.hint if isinstance(error, UserError) else None,
-        "traceback": traceback.format_exc(),
-    }
-
-
-def die_with(parent_pid: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:  # it has ended before the line above
-        os._exit(1)
+                channel.wait(IDLE_SECONDS)
 
 
 if __name__ == "__main__":
