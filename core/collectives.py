@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.distributed import _symmetric_memory as symmetric_memory
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.parallel import Collectives, TensorParallel
@@ -35,6 +36,10 @@ _ENVIRONMENT = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
 _TIMEOUT = timedelta(minutes=10)  # a rank's death is seen sooner, by its process
+
+# Whether this process has not yet asked for symmetric memory. A second group in one process cannot
+# have it: torch counts a process's meetings, and the new ranks, in new processes, begin at none.
+_is_first_use = iter([True])
 
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -164,7 +169,8 @@ class GpuCollectives:
 
     def close(self) -> None:
         self._symmetric = None
-        dist.destroy_process_group()
+        # To destroy the group would wait for the others to do the same, and they have ended.
+        _abort_process_group()
 
     def _way(self, num_bytes: int) -> Way:
         return next((way for most, way in self._ways if num_bytes <= most), "nccl")
@@ -173,7 +179,7 @@ class GpuCollectives:
         """None on every rank where it cannot be had on one."""
         others = [i for i in range(self._size) if i != self._device.index]
         are_peers = all(torch.cuda.can_device_access_peer(self._device, i) for i in others)
-        if not self.minimum(are_peers):
+        if not self.minimum(are_peers and next(_is_first_use, False)):
             return None
         buffer = None
         try:

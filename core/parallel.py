@@ -46,7 +46,7 @@ class Collectives(Protocol):
         """The least of every rank's value."""
 
     def close(self) -> None:
-        """No collective follows; on a GPU the graphs that hold some are gone."""
+        """The other ranks have ended; on a GPU the graphs that hold collectives are gone."""
 
 
 @dataclass(frozen=True, slots=True)

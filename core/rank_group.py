@@ -65,7 +65,8 @@ class RankGroup:
         self._may_hang = False  # rank 0, in a collective that a rank is lost to
         self._num_meetings = 0
         self._changed = threading.Condition()
-        self._store_fd = os.memfd_create("ranks")  # NCCL may look into it at any time
+        # Never closed: torch looks into it by its number as late as at its own end.
+        self._store_fd = os.memfd_create("ranks")
         self._followers: list[_Follower] = []
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         try:
@@ -111,10 +112,9 @@ class RankGroup:
         """
         if self._is_closing:
             return
-        self._is_closing = True
-        if self.death is None and self.parallel.collectives is not None:
-            self.parallel.collectives.close()
         self._end_followers()
+        if self.parallel.collectives is not None:
+            self.parallel.collectives.close()
 
     def _end_followers(self) -> None:
         """Politely first: one with nothing to do ends as soon as the connection does."""
@@ -132,7 +132,6 @@ class RankGroup:
             self._watcher.join()
         for follower in self._followers:
             follower.channel.close()
-        os.close(self._store_fd)
 
     def _meet(self) -> None:
         """Wait until every other rank has come as far, or raise what one has ended with."""
