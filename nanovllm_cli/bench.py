@@ -16,13 +16,21 @@ import orjson
 import torch
 
 from nanovllm_cli.core.config import ModelConfig
+from nanovllm_cli.core.engine_replicas import share_machine
 from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.machine_rates import MachineRates, cpu_rates, gpu_rates
 from nanovllm_cli.core.resolved_config import ResolvedConfig, resolve
 
 from .bench_compare import OldRecord
 from .bench_options import BenchOptions
-from .bench_record import bound_record, identity, phases_record, settings_record, speed_record
+from .bench_record import (
+    bound_record,
+    identity,
+    phases_record,
+    settings_record,
+    single_record,
+    speed_record,
+)
 from .bench_table import say_record
 from .builtin_configs import builtin_config
 from .exit_code import CommandError, ExitCode
@@ -46,7 +54,7 @@ def bench(options: BenchOptions) -> ExitCode:
         with io_errors(options.profile):
             options.profile.mkdir(parents=True, exist_ok=True)
     model, checkpoint = _find_model(options)
-    settings = resolve(options.engine, model)
+    settings = resolve(share_machine(options.engine, options.data_parallel_size), model)
     check_seconds = time.perf_counter() - start
 
     draw = _workload(options, model, checkpoint)
@@ -61,25 +69,24 @@ def bench(options: BenchOptions) -> ExitCode:
         old.check(record)
 
     num_threads = torch.get_num_threads()
-    counters = gpu_counters(settings.device)
-    measurement = measure(options, settings, model, checkpoint, draw, counters)
+    counters = gpu_counters(settings.device, options.num_gpus)
+    measurement = measure(options, settings, checkpoint or model, draw, counters)
     timed = measurement.median_pass
-    rates = _machine_rates(settings, num_threads)
-    if settings.device == "cuda":
-        rates = rates.of_several(settings.tensor_parallel_size)
+    rates = _machine_rates(settings, options.num_gpus, num_threads)
     least = bound(
         model,
         getattr(torch, settings.dtype).itemsize,
         loads(workload, is_shared=settings.enable_prefix_caching),
         rates,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_seqs=settings.max_num_seqs * options.data_parallel_size,
+        max_num_batched_tokens=settings.max_num_batched_tokens * options.data_parallel_size,
     )
     record = {
         **speed_record(measurement),
         **record,
         "weights": "random" if checkpoint is None else "the checkpoint's",
         "temperature": options.temperature,
+        **single_record(measurement, options),
         **bound_record(least, rates, timed),
         **phases_record(measurement, import_seconds, check_seconds),
         "settings": settings_record(settings, measurement),
@@ -88,6 +95,7 @@ def bench(options: BenchOptions) -> ExitCode:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "comparison": None,
         "profile": measurement.profile,
+        "not_measured": measurement.not_measured,
         "runs": [asdict(timed) for timed in measurement.passes],
     }
     is_too_slow = False
@@ -147,10 +155,10 @@ def _workload(
     return draw
 
 
-def _machine_rates(settings: ResolvedConfig, num_threads: int) -> MachineRates:
-    """Measured when the engine is gone, on a machine that is warm."""
+def _machine_rates(settings: ResolvedConfig, num_gpus: int, num_threads: int) -> MachineRates:
+    """Of all that was used, measured when the engine is gone, on a machine that is warm."""
     gc.collect()
     if settings.device == "cpu":
-        return cpu_rates(settings.num_threads or num_threads)
+        return cpu_rates((settings.num_threads or 0) * num_gpus or num_threads)
     torch.cuda.empty_cache()
-    return gpu_rates(getattr(torch, settings.dtype))
+    return gpu_rates(getattr(torch, settings.dtype)).of_several(num_gpus)

@@ -8,21 +8,22 @@ import ctypes
 
 
 class Nvml:
-    """One GPU's counters. Whatever the machine, or this GPU, does not give is None."""
+    """The counters of some GPUs. Whatever the machine, or one of them, does not give is None."""
 
-    def __init__(self, uuid: str) -> None:
-        """`uuid` as torch has it: CUDA's number of a GPU need not be NVML's."""
+    def __init__(self, *uuids: str) -> None:
+        """`uuids` as torch has them: CUDA's number of a GPU need not be NVML's."""
         self._library: ctypes.CDLL | None = None
-        self._device = ctypes.c_void_p()
+        self._devices = [ctypes.c_void_p() for _ in uuids]
         try:
             library = ctypes.CDLL("libnvidia-ml.so.1")
         except OSError:
             return
         if library.nvmlInit_v2() == 0:
             self._library = library
-            name = f"GPU-{uuid.removeprefix('GPU-')}".encode()
-            if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(self._device)) != 0:
-                self._device = ctypes.c_void_p()
+            for uuid, device in zip(uuids, self._devices, strict=True):
+                name = f"GPU-{uuid.removeprefix('GPU-')}".encode()
+                if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(device)) != 0:
+                    device.value = None
 
     def driver_version(self) -> str | None:
         text = ctypes.create_string_buffer(96)
@@ -31,11 +32,14 @@ class Nvml:
         return text.value.decode()
 
     def joules(self) -> float | None:
-        """Drawn since the driver was loaded, the memory's share included."""
-        millijoules = ctypes.c_ulonglong()
-        if self._library is None or not self._device:
+        """Drawn since the driver was loaded, by all together, the memory's share included."""
+        if self._library is None:
             return None
-        ask = self._library.nvmlDeviceGetTotalEnergyConsumption
-        if ask(self._device, ctypes.byref(millijoules)) != 0:
-            return None
-        return millijoules.value / 1000
+        total = 0
+        for device in self._devices:
+            millijoules = ctypes.c_ulonglong()
+            ask = self._library.nvmlDeviceGetTotalEnergyConsumption
+            if not device or ask(device, ctypes.byref(millijoules)) != 0:
+                return None
+            total += millijoules.value
+        return total / 1000

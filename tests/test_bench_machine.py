@@ -96,12 +96,14 @@ def test_energy_and_driver_are_what_the_library_says(tmp_path: Path) -> None:
     code = (
         "from nanovllm_cli.nvml import Nvml\n"
         "for uuid in '1234', 'GPU-1234', 'other':\n"
-        "    print(Nvml(uuid).driver_version(), Nvml(uuid).joules())"
+        "    print(Nvml(uuid).driver_version(), Nvml(uuid).joules())\n"
+        "print(Nvml('1234', 'GPU-1234').joules(), Nvml('1234', 'other').joules(), Nvml().joules())"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     known, unknown = b"999.1 5000000001.5", b"999.1 None"
-    assert run.stdout.splitlines() == [known, known, unknown], run.stderr
+    several = b"10000000003.0 None 0.0"
+    assert run.stdout.splitlines() == [known, known, unknown, several], run.stderr
 
 
 def test_a_cpu_has_a_name_and_rates() -> None:
