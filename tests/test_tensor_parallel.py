@@ -153,6 +153,18 @@ def test_the_tokens_of_1_2_and_4_ranks_are_the_same(
             assert getattr(engine.stats, name) == getattr(alone.stats, name)
 
 
+@pytest.mark.long
+def test_the_tokens_of_8_ranks_are_the_same(
+    make_checkpoint: MakeCheckpoint, answer: Answer
+) -> None:
+    path = make_checkpoint(
+        vocab_size=VOCAB_SIZE, num_attention_heads=8, num_key_value_heads=2, intermediate_size=96
+    )
+    expected, _ = answer(path, 1, requests())
+    tokens, _ = answer(path, 8, requests())
+    assert tokens == expected
+
+
 def test_the_tokens_of_preempted_sequences_are_the_same(checkpoint: Path, answer: Answer) -> None:
     asked = [ask(i, range(i, i + 10 + i), max_tokens=45) for i in range(6)]
     expected, alone = answer(checkpoint, 1, asked, kv_cache_bytes=10 * BLOCK_BYTES)
