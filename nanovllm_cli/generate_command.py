@@ -1,5 +1,6 @@
 """`nanovllm generate`: its flags -> GenerateOptions -> the job."""
 
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -9,6 +10,7 @@ from nanovllm_cli.core.errors import UserError
 
 from . import flags, job_flags
 from .exit_code import ExitCode
+from .flag_files import read_prefix, read_template
 from .log import Log
 from .options import GenerateOptions
 from .prompt_options import PromptOptions
@@ -37,6 +39,14 @@ def generate_command(
     template: str | None = option(
         None, "--template", "-p", panel=job_flags.PROMPTS, metavar="TEXT",
         help="Build the prompt from columns: 'Translate: {text}'.",
+    ),
+    template_file: Path | None = option(
+        None, "--template-file", panel=job_flags.PROMPTS, metavar="FILE",
+        help="The template from a file, without its last newline.",
+    ),
+    prefix_file: Path | None = option(
+        None, "--prefix-file", panel=job_flags.PROMPTS, metavar="FILE",
+        help="Examples before every prompt: a text, or, for chats, a .json file of messages.",
     ),
     system: str | None = option(
         None, "--system", panel=job_flags.PROMPTS, metavar="TEXT",
@@ -127,6 +137,8 @@ def generate_command(
     def job() -> ExitCode:
         if kv_cache_memory is not None and not 0 < kv_cache_memory < float("inf"):
             raise UserError(f"--kv-cache-memory is {kv_cache_memory}; it must be above 0")
+        if template is not None and template_file is not None:
+            raise UserError("--template and --template-file are both given", "Leave out one.")
         chosen = {
             "temperature": temperature,
             "top_p": top_p,
@@ -166,8 +178,9 @@ def generate_command(
             ),
             prompt=PromptOptions(
                 chat=chat,
-                template=template,
+                template=template if template_file is None else read_template(template_file),
                 system=system,
+                prefix=None if prefix_file is None else read_prefix(prefix_file),
                 enable_thinking=thinking,
                 prompt_column=prompt_column,
                 messages_column=messages_column,

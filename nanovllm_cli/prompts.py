@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from .openai_line import Endpoint, is_openai_line, parse_openai_line
-from .prompt_content import Content, Messages, from_messages, from_text, from_token_ids
+from .prompt_content import Content, Messages, from_messages, from_text, from_token_ids, with_prefix
 from .prompt_options import PromptOptions
 from .refusal import Refused, checked_text, shown
 from .row_settings import settings_of
@@ -51,7 +51,7 @@ class Prompt:
 def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
     """The prompt of a row, whose kind is seen from its columns.
 
-    `options.chat` and `options.system` leave token ids and OpenAI's completions as they are.
+    What makes chats of prompts leaves token ids and OpenAI's completions as they are.
     """
     columns = row.columns
     row_id: str | int | None = None
@@ -65,7 +65,7 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
             row_id = _id_of(columns, options)
             settings = settings_of(columns, options.named_columns)
             content = _content_of(columns, options)
-        text, messages, token_ids = content
+        text, messages, token_ids = with_prefix(content, options.prefix)
         sampling, n, stop, enable_thinking = settings
         if messages is None and enable_thinking is not None:
             raise Refused("bad_parameters", "chat_template_kwargs needs messages, not a prompt")
@@ -124,7 +124,7 @@ def _content_of(columns: Mapping[str, Any], options: PromptOptions) -> Content:
 
 def _from_prompt(value: Any, place: str, options: PromptOptions) -> Content:
     content = from_text(value, place)
-    if options.chat or options.system is not None:
+    if options.makes_chats:
         return from_messages([{"role": "user", "content": value}], place, options.system)
     return content
 

@@ -142,18 +142,21 @@ VALUES = {
     "--attention-backend": "torch",
     "--data-parallel-size": "1",  # more need more processes than these tests start
 }
+FILES = ("--template-file", "--prefix-file")
 
 
 def test_every_environment_variable_does_what_its_flag_does(
     chosen: list[GenerateOptions], tmp_path: Path
 ) -> None:
     number = 0
+    (tmp_path / "text").write_text("x")
+    values = {**VALUES, **dict.fromkeys(FILES, str(tmp_path / "text"))}
     for parameter in parameters():
         name = parameter.opts[0]
         if name in ("--config", "--debug", "--dry-run", "--single-process"):
             continue
         is_switch = getattr(parameter, "is_flag", False)
-        value = VALUES.get(name, "7")
+        value = values.get(name, "7")
         flag = [name] if is_switch else [name, value]
         call("generate", "x.jsonl")
         assert call("generate", "x.jsonl", *flag).code == 0, name
