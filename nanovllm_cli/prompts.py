@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from .dataset_chat import from_dataset
 from .openai_line import Endpoint, is_openai_line, parse_openai_line
 from .prompt_content import Content, Messages, from_messages, from_text, from_token_ids, with_prefix
 from .prompt_options import PromptOptions
@@ -64,7 +65,7 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
         else:
             row_id = _id_of(columns, options)
             settings = settings_of(columns, options.named_columns)
-            content = _content_of(columns, options)
+            content = _content_of(row, options)
         text, messages, token_ids = with_prefix(content, options.prefix)
         sampling, n, stop, enable_thinking = settings
         if messages is None and enable_thinking is not None:
@@ -103,7 +104,8 @@ def _id_of(columns: Mapping[str, Any], options: PromptOptions) -> str | int | No
     raise Refused("bad_id", f"the id is {shown(value)}; it must be {limit}")
 
 
-def _content_of(columns: Mapping[str, Any], options: PromptOptions) -> Content:
+def _content_of(row: Row, options: PromptOptions) -> Content:
+    columns = row.columns
     if options.template is not None:
         return _from_prompt(_fill_template(columns, options), "the prompt", options)
     text = columns.get(options.prompt_column)
@@ -116,7 +118,9 @@ def _content_of(columns: Mapping[str, Any], options: PromptOptions) -> Content:
             raise Refused("bad_prompt", f"the row has more than one of {names}")
         raise Refused("no_prompt", f"the row has none of {names}, but {shown([*columns])}")
     if messages is not None:
-        return from_messages(messages, options.messages_column, options.system)
+        place = options.messages_column
+        chat = from_dataset(messages, place, is_parquet=row.raw is None)
+        return from_messages(chat, place, options.system)
     if token_ids is not None:
         return from_token_ids(token_ids, "prompt_token_ids")
     return _from_prompt(text, options.prompt_column, options)
