@@ -27,7 +27,8 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     """Report on stderr; the exit code is the one the job's bad rows would give."""
     sources = find_inputs(options.inputs)
     check_inputs(sources, limit=options.limit)
-    rows = try_first_rows(read_rows(sources, limit=options.limit), options.prompt)
+    rows = read_rows(sources, limit=options.limit)
+    rows = try_first_rows(rows, options.prompt, options.columns)
     path = resolve_model(options.model, options.revision, offline=options.offline)
     model = ModelConfig.from_directory(path)
     engine = resolve(options.engine, model)

@@ -42,6 +42,7 @@ def fingerprint(
     settings: dict[str, Any] = {
         "model": options.model,
         "format": options.format,
+        "output_columns": ",".join(options.output_columns) or None,
         "n": options.n,
         "stop": list(options.stop),
         "seed": options.seed,

@@ -13,6 +13,7 @@ from .exit_code import ExitCode
 from .flag_files import read_prefix, read_template
 from .log import Log
 from .options import GenerateOptions
+from .output_columns import parse_output_columns
 from .prompt_options import PromptOptions
 from .run_job import run_job
 from .settings import option
@@ -30,6 +31,7 @@ def generate_command(
         "auto", "--format", panel=job_flags.OUTPUT, metavar="auto|openai",
         help="openai: every row as an OpenAI batch line; auto: those that came as one.",
     ),
+    output_columns: job_flags.OutputColumns = None,
     errors: job_flags.Errors = None,
     overwrite: job_flags.Overwrite = False,
     restart: job_flags.Restart = False,
@@ -157,6 +159,7 @@ def generate_command(
             inputs=inputs,
             output=output,
             format=format,
+            output_columns=parse_output_columns(output_columns),
             errors=errors,
             model=model,
             revision=revision,

@@ -62,6 +62,7 @@ class Job:
         signals: Signals,
     ) -> None:
         self._options = options
+        self._columns = options.columns
         self._sampling = sampling
         self._engine = engine
         self._tokenizer = tokenizer
@@ -140,6 +141,10 @@ class Job:
 
     def _start(self, fed: TokenizedPrompt) -> None:
         prompt, options = fed.prompt, self._options
+        if self._columns.chosen and prompt.endpoint is not None:
+            message = "--output-columns cannot choose from an OpenAI batch line"
+            self._fail(bad_row(prompt, "bad_openai_line", message))
+            return
         num_samples = prompt.n or options.n
         fields = {**self._sampling, **prompt.sampling}
         row_seed = fields.pop("seed", None)
@@ -229,6 +234,7 @@ class Job:
             len(row.token_ids),
             shape="openai" if is_openai else "columns",
             model=self._options.model,
+            columns=self._columns,
         )
         self._totals.num_completed_rows += 1
         self._output.write(row.prompt.index, line)

@@ -24,6 +24,13 @@ Output = Annotated[
         help="JSONL (also .gz, .zst) or Parquet by its extension; - is stdout.",
     ),
 ]  # fmt: skip
+OutputColumns = Annotated[
+    str | None,
+    shared_option(
+        "--output-columns", panel=OUTPUT, metavar="A,B,...",
+        help="These columns in this order, of the input's and the results.",
+    ),
+]  # fmt: skip
 Errors = Annotated[
     str | None,
     shared_option(

@@ -8,6 +8,7 @@ from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.sampling_params import SamplingParams
 
 from .log import FORMATS
+from .output_columns import OutputColumns
 from .prompt_options import PromptOptions
 from .row_settings import MAX_SAMPLES
 from .shard import Shard
@@ -23,6 +24,7 @@ class GenerateOptions:
     inputs: list[str]
     output: str = "-"
     format: str = "auto"  # "openai": every row in OpenAI's shape; "auto": OpenAI's lines only
+    output_columns: tuple[str, ...] = ()  # (): the input's and the results
     errors: str | None = None  # None: beside the output
     model: str = DEFAULT_MODEL
     revision: str | None = None
@@ -93,10 +95,17 @@ class GenerateOptions:
         ):
             if not is_good:
                 raise UserError(f"--{name} is {value}; it must be {limit}")
+        if self.output_columns and self.format == "openai":
+            raise UserError("--output-columns are not of --format openai", "Leave out one of them.")
         try:
             SamplingParams(**self.sampling)
         except ValueError as error:
             raise UserError(f"--{error}".replace("_", "-")) from None
+
+    @property
+    def columns(self) -> OutputColumns:
+        """What a row of the output holds."""
+        return OutputColumns(chosen=self.output_columns)
 
     @property
     def rows_in_flight(self) -> int:

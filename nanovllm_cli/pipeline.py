@@ -85,7 +85,8 @@ def _generate(
     with totals.phase("check"):
         sources = find_inputs(options.inputs)
         num_rows = check_inputs(sources, limit=options.limit)
-        rows = try_first_rows(read_rows(sources, limit=options.limit), options.prompt)
+        rows = read_rows(sources, limit=options.limit)
+        rows = try_first_rows(rows, options.prompt, options.columns)
         model = resolve_model(options.model, options.revision, offline=options.offline)
         sampling = default_sampling(model) | options.sampling
         settings = fingerprint(
@@ -218,6 +219,7 @@ def _stats(options: GenerateOptions, totals: Totals, exit_code: ExitCode) -> dic
         "model": as_text(options.model),
         "seed": options.seed,
         "inputs": [as_text(name) for name in options.inputs],
+        "output_columns": [as_text(name) for name in options.output_columns],
         "exit_code": int(exit_code),
         **totals.as_dict(),
     }

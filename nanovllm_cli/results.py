@@ -17,11 +17,11 @@ import xxhash
 from nanovllm_cli.core.request import FinishReason
 
 from .files import as_text
+from .output_columns import OutputColumns
 from .prompts import Prompt
-from .rows import BadRow
+from .rows import BadRow, Row
 
 Shape = Literal["columns", "openai"]
-RESULT_COLUMNS = ("completion", "completions", "reasoning", "finish_reason", "usage")
 _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]')  # of JSON
 
 
@@ -36,7 +36,13 @@ class Sample:
 
 
 def result_line(
-    prompt: Prompt, samples: list[Sample], num_prompt_tokens: int, *, shape: Shape, model: str
+    prompt: Prompt,
+    samples: list[Sample],
+    num_prompt_tokens: int,
+    *,
+    shape: Shape,
+    model: str,
+    columns: OutputColumns = OutputColumns(),
 ) -> bytes:
     """The output row as one line of JSON, without its newline."""
     num_completion_tokens = sum(sample.num_tokens for sample in samples)
@@ -49,7 +55,7 @@ def result_line(
         for s in samples
     ]
     result = {**(shown[0] if len(shown) == 1 else {"completions": shown}), "usage": usage}
-    return _join(prompt, result)
+    return joined(prompt.row, result, columns)
 
 
 def error_line(row: BadRow) -> bytes:
@@ -59,24 +65,30 @@ def error_line(row: BadRow) -> bytes:
     return orjson.dumps({**name, "source": as_text(row.source), "line": row.line, "error": error})
 
 
-def _join(prompt: Prompt, result: dict[str, Any]) -> bytes:
-    """The row's columns as they stand, then the result's; a column of a result's name gives way."""
-    row = prompt.row
+def joined(row: Row, result: dict[str, Any], columns: OutputColumns) -> bytes:
+    """The row's columns as they stand, then the result's; or those of them that are chosen."""
     if row.raw is None:
-        columns = {k: v for k, v in row.columns.items() if k not in RESULT_COLUMNS}
-        return orjson.dumps({**columns, **result}, default=_to_json)
+        given = {name: v for name, v in row.columns.items() if name not in columns.results}
+        whole = {**given, **result}
+        chosen = [name for name in columns.chosen or whole if name in whole]
+        return orjson.dumps({name: whole[name] for name in chosen}, default=_to_json)
     # Not parsed and written again: numbers and escapes stay as they were given.
-    members = row.raw.strip()[1:-1].rstrip()
-    if any(name in row.columns for name in RESULT_COLUMNS):
-        members = b",".join(_members(members, without=RESULT_COLUMNS))
+    content = row.raw.strip()[1:-1].rstrip()
+    if columns.chosen:
+        members = {n: m.strip() for n, m in _members(content) if n not in columns.results}
+        members |= {n: orjson.dumps({n: value})[1:-1] for n, value in result.items()}
+        return b"{" + b",".join(members[n] for n in columns.chosen if n in members) + b"}"
+    if any(name in row.columns for name in columns.results):
+        kept = (member for name, member in _members(content) if name not in columns.results)
+        content = b",".join(kept)
     fields = orjson.dumps(result)
-    return b"{" + members + b"," + fields[1:] if members else fields
+    return b"{" + content + b"," + fields[1:] if content else fields
 
 
-def _members(content: bytes, *, without: tuple[str, ...]) -> Iterator[bytes]:
-    """The members of a JSON object that is known to be valid, as they are written."""
+def _members(content: bytes) -> Iterator[tuple[str, bytes]]:
+    """The members of a JSON object that is known to be valid: (name, as it is written)."""
     depth = start = 0
-    for match in _STRUCTURE.finditer(content + b","):
+    for match in _STRUCTURE.finditer(content + b"," if content else b""):
         if match[0] in b"[{":
             depth += 1
         elif match[0] in b"]}":
@@ -85,8 +97,7 @@ def _members(content: bytes, *, without: tuple[str, ...]) -> Iterator[bytes]:
             member = content[start : match.start()]
             key = _STRUCTURE.search(member)
             assert key is not None, "a member begins with its name"
-            if orjson.loads(key[0]) not in without:
-                yield member
+            yield orjson.loads(key[0]), member
             start = match.end()
 
 

@@ -140,6 +140,7 @@ VALUES = {
     "--shard": "1/2",
     "--log-format": "json",
     "--attention-backend": "torch",
+    "--output-columns": "id,completion",
     "--data-parallel-size": "1",  # more need more processes than these tests start
 }
 FILES = ("--template-file", "--prefix-file")
