@@ -61,7 +61,8 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     for code, count in errors.most_common():
         table.add_row("", f"{count} {code}")
     table.add_row("prompt tokens", f"{num_prompt_tokens}, the longest prompt {longest_prompt}")
-    table.add_row("completion tokens", f"at most {num_completion_tokens}")
+    if not options.prompt.is_score:
+        table.add_row("completion tokens", f"at most {num_completion_tokens}")
     table.add_row(
         "KV cache",
         f"{kv_bytes * longest / 2**20:.1f} MiB for the longest row, at most "

@@ -47,6 +47,7 @@ def fingerprint(
         "stop": list(options.stop),
         "seed": options.seed,
         "parse_special": options.parse_special,
+        "token_logprobs": options.token_logprobs or None,
         "device": engine.device,
         "dtype": engine.dtype,
         # Sums over ranks have other last bits.

@@ -55,7 +55,7 @@ def try_first_rows(
 
 def _check_named_columns(rows: list[Row], options: PromptOptions) -> None:
     columns = _columns_of(rows)
-    defaults = (PromptOptions.prompt_column, PromptOptions.messages_column)
+    defaults = ("prompt", "messages", "context", "continuation")
     for name, flag in options.named_columns.items():
         if not rows or name in columns or (flag != "--template" and name in defaults):
             continue

@@ -137,8 +137,6 @@ def generate_command(
     signals = Signals()
 
     def job() -> ExitCode:
-        if kv_cache_memory is not None and not 0 < kv_cache_memory < float("inf"):
-            raise UserError(f"--kv-cache-memory is {kv_cache_memory}; it must be above 0")
         if template is not None and template_file is not None:
             raise UserError("--template and --template-file are both given", "Leave out one.")
         chosen = {
@@ -176,7 +174,7 @@ def generate_command(
                 gpu_memory_utilization=gpu_memory_utilization,
                 enforce_eager=enforce_eager,
                 attention_backend=attention_backend,  # type: ignore[arg-type]  # likewise
-                kv_cache_bytes=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
+                kv_cache_bytes=job_flags.kv_cache_bytes(kv_cache_memory),
                 enable_prefix_caching=not no_prefix_caching,
             ),
             prompt=PromptOptions(

@@ -27,6 +27,7 @@ from .progress import Progress
 from .prompts import Prompt
 from .results import Sample, result_line
 from .rows import BadRow
+from .score import score_line
 from .signals import DRAIN_SECONDS, Signals, Stopped
 from .stop_strings import StopStrings
 from .tokenizer import PromptTokenizer
@@ -148,6 +149,8 @@ class Job:
         num_samples = prompt.n or options.n
         fields = {**self._sampling, **prompt.sampling}
         row_seed = fields.pop("seed", None)
+        if fed.first_scored is not None:
+            fields["prompt_logprobs_start"] = fed.first_scored
         self._running[prompt.index] = _RunningRow(
             prompt,
             fed.token_ids,
@@ -192,8 +195,21 @@ class Job:
             if watcher.add(output.token_ids.tolist()):
                 self._engine.abort(output.request_id)
                 self._finish(row, sample, watcher.matched_token_ids, "stop", watcher)
+        elif row.prompt.is_scored:
+            self._score(row, output)
         else:
             self._complete(row, sample, output)
+
+    def _score(self, row: _RunningRow, completion: Completion) -> None:
+        assert completion.prompt_logprobs is not None, "a score asks for them"
+        line = score_line(
+            row.prompt.row,
+            row.token_ids,
+            completion.prompt_logprobs,
+            self._columns,
+            has_token_logprobs=self._options.token_logprobs,
+        )
+        self._write(row, line)
 
     def _complete(self, row: _RunningRow, sample: int, completion: Completion) -> None:
         token_ids = completion.token_ids.tolist()
@@ -226,7 +242,6 @@ class Job:
         samples = [sample for sample in row.samples if sample is not None]
         if len(samples) < len(row.samples):
             return
-        del self._running[row.prompt.index]
         is_openai = row.prompt.endpoint is not None or self._options.format == "openai"
         line = result_line(
             row.prompt,
@@ -236,6 +251,10 @@ class Job:
             model=self._options.model,
             columns=self._columns,
         )
+        self._write(row, line)
+
+    def _write(self, row: _RunningRow, line: bytes) -> None:
+        del self._running[row.prompt.index]
         self._totals.num_completed_rows += 1
         self._output.write(row.prompt.index, line)
 

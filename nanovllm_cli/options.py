@@ -1,4 +1,4 @@
-"""GenerateOptions: everything `nanovllm generate` can be told, with every default."""
+"""GenerateOptions: everything a job of `generate` or `score` can be told, with every default."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.sampling_params import SamplingParams
 
 from .log import FORMATS
-from .output_columns import OutputColumns
+from .output_columns import RESULT_COLUMNS, SCORE_COLUMNS, OutputColumns
 from .prompt_options import PromptOptions
 from .row_settings import MAX_SAMPLES
 from .shard import Shard
@@ -37,6 +37,7 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()
     seed: int = 0
     parse_special: bool = False
+    token_logprobs: bool = False  # of a score: a column with each token's
     unordered: bool = False
     overwrite: bool = False
     restart: bool = False  # from the first row, whatever an earlier run has left
@@ -105,7 +106,8 @@ class GenerateOptions:
     @property
     def columns(self) -> OutputColumns:
         """What a row of the output holds."""
-        return OutputColumns(chosen=self.output_columns)
+        results = SCORE_COLUMNS if self.prompt.is_score else RESULT_COLUMNS
+        return OutputColumns(results=results, chosen=self.output_columns)
 
     @property
     def rows_in_flight(self) -> int:

@@ -6,6 +6,7 @@ from .exit_code import CommandError
 from .refusal import shown
 
 RESULT_COLUMNS = ("completion", "completions", "reasoning", "finish_reason", "usage")
+SCORE_COLUMNS = ("logprob", "num_scored_tokens", "perplexity", "is_greedy", "token_logprobs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,6 +23,11 @@ _RESULT_TYPES = {
     "finish_reason": pa.string(),
     "completions": pa.list_(_SAMPLE),
     "usage": pa.struct({"prompt_tokens": pa.int64(), "completion_tokens": pa.int64()}),
+    "logprob": pa.float64(),
+    "num_scored_tokens": pa.int64(),
+    "perplexity": pa.float64(),
+    "is_greedy": pa.bool_(),
+    "token_logprobs": pa.list_(pa.float32()),
 }
 Lines = Callable[[], Iterator[tuple[int, bytes]]]  # (row number, line), the same each time
 

@@ -216,6 +216,7 @@ def _exit_code(options: GenerateOptions, num_failed_rows: int) -> ExitCode:
 def _stats(options: GenerateOptions, totals: Totals, exit_code: ExitCode) -> dict[str, Any]:
     return {
         "nanovllm_version": __version__,
+        "command": "score" if options.prompt.is_score else "generate",
         "model": as_text(options.model),
         "seed": options.seed,
         "inputs": [as_text(name) for name in options.inputs],

@@ -24,6 +24,8 @@ class PromptOptions:
     prompt_column: str = "prompt"
     messages_column: str = "messages"
     id_column: str | None = None  # None: `id`, else `custom_id`, if there is one
+    context_column: str = "context"  # of what is scored
+    continuation_column: str | None = None  # likewise; None: prompts are completed, and not scored
 
     def __post_init__(self) -> None:
         for flag, text in (("template", self.template), ("system", self.system)):
@@ -38,6 +40,11 @@ class PromptOptions:
                 f"--prefix-file is text, and {flag} makes chats of prompts",
                 "Give the prefix as messages, in a file that ends in .json.",
             )
+
+    @property
+    def is_score(self) -> bool:
+        """Whether rows are scored as they stand, and not completed."""
+        return self.continuation_column is not None
 
     @property
     def makes_chats(self) -> bool:
@@ -68,5 +75,8 @@ class PromptOptions:
             "--messages-column": self.messages_column,
             "--id-column": self.id_column,
         }
+        if self.is_score:
+            flags["--context-column"] = self.context_column
+            flags["--continuation-column"] = self.continuation_column
         named = {name: flag for flag, name in flags.items() if name is not None}
         return named | {name: "--template" for _, name in self.template_parts if name is not None}

@@ -15,8 +15,9 @@ from .openai_line import Endpoint, is_openai_line, parse_openai_line
 from .prompt_content import Content, Messages, from_messages, from_text, from_token_ids, with_prefix
 from .prompt_options import PromptOptions
 from .refusal import Refused, checked_text, shown
-from .row_settings import settings_of
+from .row_settings import RowSettings, settings_of
 from .rows import BadRow, Row
+from .score_prompt import pair_of
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen, which takes thrice the time, for every row
@@ -34,6 +35,8 @@ class Prompt:
     enable_thinking: bool | None
     endpoint: Endpoint | None  # of an OpenAI batch line
     model: str | None  # what an OpenAI batch line asks for
+    is_scored: bool = False  # and not completed
+    context: str | None = None  # what `text` begins with and is not scored; None: one token
 
     @property
     def index(self) -> int:
@@ -58,8 +61,13 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
     row_id: str | int | None = None
     endpoint: Endpoint | None = None
     model: str | None = None
+    context: str | None = None
     try:
-        if is_openai_line(columns):
+        if options.is_score:
+            row_id = _id_of(columns, options)
+            content, context = _scored_content_of(row, options)
+            settings = RowSettings()
+        elif is_openai_line(columns):
             row_id = checked_text("custom_id", columns["custom_id"], "bad_openai_line")
             endpoint, model, content, settings = parse_openai_line(columns, options.system)
         else:
@@ -86,6 +94,8 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
         enable_thinking=enable_thinking,
         endpoint=endpoint,
         model=model,
+        is_scored=options.is_score,
+        context=context,
     )
 
 
@@ -104,6 +114,16 @@ def _id_of(columns: Mapping[str, Any], options: PromptOptions) -> str | int | No
     raise Refused("bad_id", f"the id is {shown(value)}; it must be {limit}")
 
 
+def _scored_content_of(row: Row, options: PromptOptions) -> tuple[Content, str | None]:
+    """What is scored has no settings: all other columns are data."""
+    if is_openai_line(row.columns):
+        raise Refused("bad_openai_line", "an OpenAI batch line is completed, and never scored")
+    pair = pair_of(row.columns, options)
+    if pair is None:
+        return _content_of(row, options), None
+    return Content(text=pair.text), pair.context
+
+
 def _content_of(row: Row, options: PromptOptions) -> Content:
     columns = row.columns
     if options.template is not None:
@@ -114,6 +134,8 @@ def _content_of(row: Row, options: PromptOptions) -> Content:
     num_found = (text is not None) + (messages is not None) + (token_ids is not None)
     if num_found != 1:
         names = f"{options.prompt_column}, {options.messages_column} and prompt_token_ids"
+        if options.is_score:
+            names = f"{options.continuation_column}, {names}"
         if num_found > 1:
             raise Refused("bad_prompt", f"the row has more than one of {names}")
         raise Refused("no_prompt", f"the row has none of {names}, but {shown([*columns])}")
