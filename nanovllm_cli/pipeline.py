@@ -63,7 +63,7 @@ def generate(
 
     Raises UserError for what ends it as a whole, and Stopped.
     """
-    totals, signals = Totals(), signals or Signals()
+    totals, signals = Totals(is_score=options.prompt.is_score), signals or Signals()
     progress = Progress(
         totals,
         Log(options.log_format),
