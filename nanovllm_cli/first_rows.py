@@ -16,6 +16,9 @@ from .refusal import shown
 from .rows import BadRow, Row
 
 _ROWS_TRIED = 100
+_DEFAULT_NAMES = {
+    f"--{name}-column": name for name in ("prompt", "messages", "context", "continuation")
+}
 _NO_ROW = ("invalid_json", "not_an_object")  # the codes of lines that are not JSON lines at all
 
 
@@ -41,6 +44,11 @@ def try_first_rows(
             "A row needs a prompt, messages or prompt_token_ids; --prompt-column, "
             "--messages-column and --template name others."
         )
+        if options.is_score:
+            need = (
+                "A row needs a context and a continuation, a prompt, messages or "
+                "prompt_token_ids; --context-column and --continuation-column name others."
+            )
         if all(row.code in _NO_ROW for row in bad):
             need = (
                 "Inputs are Parquet, or one JSON object a line: jq -c '.[]' makes them of a list."
@@ -55,9 +63,8 @@ def try_first_rows(
 
 def _check_named_columns(rows: list[Row], options: PromptOptions) -> None:
     columns = _columns_of(rows)
-    defaults = ("prompt", "messages", "context", "continuation")
     for name, flag in options.named_columns.items():
-        if not rows or name in columns or (flag != "--template" and name in defaults):
+        if not rows or name in columns or _DEFAULT_NAMES.get(flag) == name:
             continue
         raise _no_such_column(flag, name, columns, len(rows))
 

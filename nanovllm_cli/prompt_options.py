@@ -24,8 +24,7 @@ class PromptOptions:
     prompt_column: str = "prompt"
     messages_column: str = "messages"
     id_column: str | None = None  # None: `id`, else `custom_id`, if there is one
-    context_column: str = "context"  # of what is scored
-    continuation_column: str | None = None  # likewise; None: prompts are completed, and not scored
+    pair_columns: tuple[str, str] | None = None  # context, continuation; rows are then scored
 
     def __post_init__(self) -> None:
         for flag, text in (("template", self.template), ("system", self.system)):
@@ -40,11 +39,16 @@ class PromptOptions:
                 f"--prefix-file is text, and {flag} makes chats of prompts",
                 "Give the prefix as messages, in a file that ends in .json.",
             )
+        if self.pair_columns is not None and len(set(self.pair_columns)) == 1:
+            raise CommandError(
+                f"--context-column and --continuation-column are both {self.pair_columns[0]!r}",
+                "Name the columns of two texts.",
+            )
 
     @property
     def is_score(self) -> bool:
         """Whether rows are scored as they stand, and not completed."""
-        return self.continuation_column is not None
+        return self.pair_columns is not None
 
     @property
     def makes_chats(self) -> bool:
@@ -75,8 +79,7 @@ class PromptOptions:
             "--messages-column": self.messages_column,
             "--id-column": self.id_column,
         }
-        if self.is_score:
-            flags["--context-column"] = self.context_column
-            flags["--continuation-column"] = self.continuation_column
+        if self.pair_columns is not None:
+            flags["--context-column"], flags["--continuation-column"] = self.pair_columns
         named = {name: flag for flag, name in flags.items() if name is not None}
         return named | {name: "--template" for _, name in self.template_parts if name is not None}

@@ -36,7 +36,7 @@ class Prompt:
     endpoint: Endpoint | None  # of an OpenAI batch line
     model: str | None  # what an OpenAI batch line asks for
     is_scored: bool = False  # and not completed
-    context: str | None = None  # what `text` begins with and is not scored; None: one token
+    context: str | None = None  # of a pair, which is in `text`: its part that is not scored
 
     @property
     def index(self) -> int:
@@ -134,8 +134,8 @@ def _content_of(row: Row, options: PromptOptions) -> Content:
     num_found = (text is not None) + (messages is not None) + (token_ids is not None)
     if num_found != 1:
         names = f"{options.prompt_column}, {options.messages_column} and prompt_token_ids"
-        if options.is_score:
-            names = f"{options.continuation_column}, {names}"
+        if options.pair_columns is not None:
+            names = f"{options.pair_columns[1]}, {names}"
         if num_found > 1:
             raise Refused("bad_prompt", f"the row has more than one of {names}")
         raise Refused("no_prompt", f"the row has none of {names}, but {shown([*columns])}")

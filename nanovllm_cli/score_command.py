@@ -118,8 +118,7 @@ def score_command(
             prompt=PromptOptions(
                 prompt_column=prompt_column,
                 messages_column=messages_column,
-                context_column=context_column,
-                continuation_column=continuation_column,
+                pair_columns=(context_column, continuation_column),
                 id_column=id_column,
             ),
             sampling=SAMPLING,

@@ -22,8 +22,8 @@ class Pair(NamedTuple):
 
 def pair_of(columns: Mapping[str, Any], options: PromptOptions) -> Pair | None:
     """The pair of a row, None where it has no continuation; raises Refused."""
-    context_column, continuation_column = options.context_column, options.continuation_column
-    assert continuation_column is not None, "of rows that are scored"
+    assert options.pair_columns is not None, "rows are scored"
+    context_column, continuation_column = options.pair_columns
     continuation = columns.get(continuation_column)
     if continuation is None:
         return None

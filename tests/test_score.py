@@ -29,7 +29,7 @@ from .fake_engine import FakeEngine
 from .job_folder import JobFolder
 from .parsing import USER, bad, chat_line, good
 
-SCORED: dict[str, Any] = {"continuation_column": "continuation"}
+SCORED: dict[str, Any] = {"pair_columns": ("context", "continuation")}
 OPTIONS: dict[str, Any] = {"prompt": PromptOptions(**SCORED), "sampling": SAMPLING}
 RESULTS = ["logprob", "num_scored_tokens", "perplexity", "is_greedy"]
 
@@ -70,7 +70,7 @@ def test_a_pair_is_one_text_whose_context_ends_in_no_white_space() -> None:
 
 
 def test_columns_of_a_pair_can_have_other_names() -> None:
-    options = {"context_column": "prompt", "continuation_column": "answer"}
+    options = {"pair_columns": ("prompt", "answer")}
     prompt = good({"prompt": "a", "answer": " b", "continuation": 1}, **options)
     assert (prompt.context, prompt.text) == ("a", "a b")
     assert good({"prompt": "a"}, **options).context is None
@@ -248,7 +248,7 @@ def test_a_score_does_not_go_on_as_completions(tmp_path: Path) -> None:
     assert folder.run(**OPTIONS)[0] == 0
     error = folder.refused()
     assert error.exit_code == ExitCode.CONFIG_MISMATCH
-    assert "continuation_column: continuation -> unset" in error.message
+    assert 'pair_columns: ["context","continuation"] -> unset' in error.message
 
 
 def test_scores_have_their_types_in_parquet_and_completions_travel_through(tmp_path: Path) -> None:
@@ -301,9 +301,14 @@ def test_a_column_that_no_row_has_is_a_mistake_of_the_command(tmp_path: Path) ->
     assert "Did you mean 'ctx'?" in ended.stderr
     ended = score(source, "--continuation-column", "x")
     assert ended.code == ExitCode.USAGE
+    ended = score(source, "--context-column", "continuation")
+    assert ended.code == ExitCode.USAGE
+    assert "are both 'continuation'" in ended.stderr
     ended = score(source, "--output-columns", "completion")
     assert ended.code == ExitCode.USAGE, "no result of a score"
-    assert score(source).code == ExitCode.INPUT_UNUSABLE
+    ended = score(source)
+    assert ended.code == ExitCode.INPUT_UNUSABLE
+    assert "A row needs a context and a continuation" in ended.stderr
 
 
 def test_flags_of_generating_are_unknown_to_score() -> None:
