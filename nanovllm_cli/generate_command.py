@@ -1,5 +1,6 @@
 """`nanovllm generate`: its flags -> GenerateOptions -> the job."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from .lock import output_locks
 from .log import Log
 from .options import GenerateOptions
 from .prompt_options import PromptOptions
+from .row_settings import logit_bias_of
 from .run_job import run_job
+from .setting_values import is_logit_bias
 from .settings import load_config_file, option
 from .shard import Shard
 from .signals import Signals
@@ -73,6 +76,14 @@ def generate_command(
         None, "--thinking/--no-thinking", panel=_PROMPTS,
         help="Whether the model thinks before it answers; default: the template's.",
     ),
+    thinking_budget: int | None = option(
+        None, "--thinking-budget", panel=_PROMPTS, metavar="TOKENS",
+        help="End a thought that is so long, and let the answer begin.",
+    ),
+    truncate_prompt_tokens: int | None = option(
+        None, "--truncate-prompt-tokens", panel=_PROMPTS, metavar="TOKENS",
+        help="Keep the last so many tokens of a longer prompt.",
+    ),
     prompt_column: str = option(
         "prompt", "--prompt-column", panel=_PROMPTS, metavar="NAME", help="Where prompts are."
     ),
@@ -108,10 +119,40 @@ def generate_command(
     stop: list[str] = option(
         [], "--stop", panel=_SAMPLING, metavar="TEXT", help="End before this text; repeatable."
     ),
+    repetition_penalty: float | None = option(
+        None, "--repetition-penalty", panel=_SAMPLING,
+        help="Over 1: less of what the prompt and the text have. Default: the model's.",
+    ),
+    presence_penalty: float | None = option(
+        None, "--presence-penalty", panel=_SAMPLING,
+        help="Over 0: less of what the text has, once for each token.",
+    ),
+    frequency_penalty: float | None = option(
+        None, "--frequency-penalty", panel=_SAMPLING,
+        help="Over 0: less of what the text has, as often as it is there.",
+    ),
+    logit_bias: str | None = option(
+        None, "--logit-bias", panel=_SAMPLING, metavar="JSON",
+        help='Added to tokens\' logits: {"1234": -100}.',
+    ),
+    bad_words: list[str] = option(
+        [], "--bad-word", panel=_SAMPLING, metavar="TEXT", help="Never write this; repeatable."
+    ),
     ignore_eos: bool = option(
         False, "--ignore-eos", panel=_SAMPLING, help="Generate on after the end of the text."
     ),
     n: int = option(1, "--n", panel=_SAMPLING, help="Completions for each row."),
+    best_of: int | None = option(
+        None, "--best-of", panel=_SAMPLING,
+        help="Draw so many and keep the n of the highest mean log-probability.",
+    ),
+    logprobs: int | None = option(
+        None, "--logprobs", panel=_SAMPLING, metavar="K",
+        help="Write each token's log-probability, and the K likeliest tokens'; K may be 0.",
+    ),
+    prompt_logprobs: int | None = option(
+        None, "--prompt-logprobs", panel=_SAMPLING, metavar="K", help="The same of the prompt."
+    ),
     seed: int = option(0, "--seed", panel=_SAMPLING, help="Two runs with one seed are the same."),
     model: flags.Model = GenerateOptions.model,
     revision: str | None = option(
@@ -213,6 +254,12 @@ def generate_command(
             "max_tokens": max_tokens,
             "min_tokens": min_tokens,
             "ignore_eos": ignore_eos or None,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "logit_bias": None if logit_bias is None else _parse_logit_bias(logit_bias),
+            "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs,
         }
         sampling: dict[str, Any] = {
             name: value for name, value in chosen.items() if value is not None
@@ -253,7 +300,11 @@ def generate_command(
             ),
             sampling=sampling,
             n=n,
+            best_of=best_of,
             stop=tuple(stop),
+            bad_words=tuple(bad_words),
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            thinking_budget=thinking_budget,
             seed=seed,
             parse_special=parse_special,
             unordered=unordered,
@@ -302,3 +353,13 @@ def generate_command(
                     child.kill()  # nothing is left to kill where the job has closed it
 
     raise typer.Exit(run_job(job, debug=debug, log=Log(log_format), signals=signals))
+
+
+def _parse_logit_bias(text: str) -> tuple[tuple[int, float], ...]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not is_logit_bias(value):
+        raise UserError(f'--logit-bias is {text!r}; it must be like {{"1234": -100}}')
+    return logit_bias_of(value)

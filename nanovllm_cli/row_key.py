@@ -24,6 +24,11 @@ def row_key(row: Row | BadRow) -> int:
     return xxhash.xxh3_128_intdigest(content)
 
 
+def content_id(row: Row | BadRow) -> str:
+    """The same as text: what ids in outputs are made of."""
+    return f"{row_key(row):032x}"
+
+
 def low_half(key: int) -> int:
     """The 64 bits of a key that are kept in memory, and compared."""
     return key & 0xFFFF_FFFF_FFFF_FFFF
