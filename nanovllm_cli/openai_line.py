@@ -25,8 +25,9 @@ _WITHOUT_EFFECT = (
     *("prompt_cache_key", "prompt_cache_retention"),
 )
 _OF_BOTH = ("model", "messages", "prompt", "max_completion_tokens", *_WITHOUT_EFFECT, *SETTINGS)
+_SPELLED_BY_CHATS = frozenset({"logprobs", "top_logprobs", "reasoning_effort", "modalities"})
 _BODY_FIELDS: dict[Endpoint, frozenset[str]] = {
-    "chat": frozenset({*_OF_BOTH, "top_logprobs", "reasoning_effort", "modalities"}),
+    "chat": frozenset({*_OF_BOTH, *_SPELLED_BY_CHATS}),
     "completions": frozenset({*_OF_BOTH, "echo"}),
 }
 
@@ -54,7 +55,7 @@ def parse_openai_line(columns: Mapping[str, Any], system: str | None) -> OpenAIR
     if model is not None:
         checked_text("body.model", model, "bad_openai_line")
     content = _take_content(endpoint, body, system)
-    if endpoint == "chat":
+    if endpoint == "chat" and not _SPELLED_BY_CHATS.isdisjoint(body):
         _translate_chat_fields(body)
     echo = body.pop("echo", False)
     if not isinstance(echo, bool):

@@ -34,7 +34,7 @@ def openai_result(
     for index, sample in enumerate(samples):
         choice: dict[str, Any] = {"index": index, "finish_reason": sample.finish_reason}
         if is_chat:
-            choice["message"] = _message(sample, f"{key} {index}")
+            choice["message"] = _message(sample, key, index)
             choice["logprobs"] = _chat_logprobs(sample.logprobs)
         else:
             echoed = prompt_logprobs if prompt.settings.echo else None
@@ -80,11 +80,11 @@ def openai_error(row: BadRow) -> dict[str, Any]:
     return {**named, "response": response, "error": error, **place}
 
 
-def _message(sample: Sample, key: str) -> dict[str, Any]:
+def _message(sample: Sample, key: str, index: int) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": sample.text, "refusal": None}
     if sample.tool_calls:
         message["content"] = sample.text or None
-        message["tool_calls"] = shaped_calls(sample.tool_calls, key)
+        message["tool_calls"] = shaped_calls(sample.tool_calls, f"{key} {index}")
     if sample.reasoning is not None:
         message["reasoning_content"] = sample.reasoning
     return message

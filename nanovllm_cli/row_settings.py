@@ -44,10 +44,10 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tool_choice": (values.is_tool_choice, "'auto' or 'none'; no call can be forced"),
     "parallel_tool_calls": (values.is_bool, "true or false"),
 }
-_OF_THE_TOOL = (  # not SamplingParams' fields
+_OF_THE_TOOL = {  # not SamplingParams' fields
     *("n", "best_of", "stop", "bad_words", "truncate_prompt_tokens", "thinking_budget"),
     *("chat_template_kwargs", "tools", "tool_choice", "parallel_tool_calls"),
-)
+}
 # Settings of vLLM, OpenAI and transformers that are not ours, with ours to use instead.
 _FOREIGN_SETTINGS: dict[str, str | None] = {
     **dict.fromkeys([
@@ -131,18 +131,17 @@ def parse_settings(fields: Mapping[str, Any], place: str) -> RowSettings:
     """Check `fields`, all of them settings of ours; `place` goes before a name in a message."""
     if not fields:
         return _NO_SETTINGS
-    sampling = dict(fields)
+    sampling: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     for name, value in fields.items():
         is_good, expected = SETTINGS[name]
         if not is_good(value):
             message = f"{place}{name} is {shown(value)}; it must be {expected}"
             raise Refused("bad_parameters", message)
-        if name in _NUMBERS:
-            sampling[name] = float(value)
-    own = {name: sampling.pop(name) for name in _OF_THE_TOOL if name in sampling}
-    stop = own.get("stop", ())
-    bad_words = own.get("bad_words")
-    tools = checked_tools(own.get("tools", []), f"{place}tools")
+        if name in _OF_THE_TOOL:
+            own[name] = value
+        else:
+            sampling[name] = float(value) if name in _NUMBERS else value
     if sampling.get("top_k") in (-1, 0):
         sampling["top_k"] = None  # off, as vLLM and transformers spell it
     if "stop_token_ids" in sampling:
@@ -153,6 +152,13 @@ def parse_settings(fields: Mapping[str, Any], place: str) -> RowSettings:
         SamplingParams(**sampling)
     except ValueError as error:
         raise Refused("bad_parameters", f"{place}{error}") from None
+    return _row_settings(sampling, own, place) if own else RowSettings(sampling)
+
+
+def _row_settings(sampling: dict[str, Any], own: dict[str, Any], place: str) -> RowSettings:
+    """With those that are not SamplingParams' fields."""
+    stop, bad_words = own.get("stop", ()), own.get("bad_words")
+    tools = checked_tools(own["tools"], f"{place}tools") if "tools" in own else None
     return RowSettings(
         sampling=sampling,
         n=own.get("n"),

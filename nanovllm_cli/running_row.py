@@ -27,11 +27,13 @@ class _Watched:
 class RunningRow:
     """Takes what the engine says of one row's samples, until all of them are there."""
 
+    __slots__ = ("_prompt_logprobs", "_samples", "_tokenizer", "_watched", "plan")
+
     def __init__(self, plan: RowPlan, tokenizer: PromptTokenizer) -> None:
         self.plan = plan
         self._tokenizer = tokenizer
         self._samples: list[Sample | None] = [None] * len(plan.requests)
-        self._watched = [self._new_watched() for _ in plan.requests]
+        self._watched = [self._new_watched() for _ in plan.requests] if plan.stop else None
         self._prompt_logprobs: Logprobs | None = None
 
     def has(self, sample: int) -> bool:
@@ -74,15 +76,14 @@ class RunningRow:
             prompt_logprobs=prompt_logprobs,
         )
 
-    def _new_watched(self) -> _Watched | None:
-        stop = self.plan.stop
-        return _Watched(StopStrings(stop, self._tokenizer.decode)) if stop else None
+    def _new_watched(self) -> _Watched:
+        return _Watched(StopStrings(self.plan.stop, self._tokenizer.decode))
 
     def _take_new(self, sample: int, new: NewTokens) -> Sample | None:
+        assert self._watched is not None, "only a watched request reports its tokens"
         if new.starts_anew:
             self._watched[sample] = self._new_watched()
         watched = self._watched[sample]
-        assert watched is not None, "only a watched request reports its tokens"
         if new.logprobs is not None:
             watched.logprobs.append(new.logprobs)
         if not watched.strings.add(new.token_ids.tolist()):
@@ -94,9 +95,8 @@ class RunningRow:
         token_ids = completion.token_ids.tolist()
         num_stop_tokens = 1 if completion.finish_reason == "stop" else 0
         text_ids = token_ids[: len(token_ids) - num_stop_tokens]
-        watched = self._watched[sample]
-        if watched is not None:
-            strings = watched.strings
+        if self._watched is not None:
+            strings = self._watched[sample].strings
             if strings.add(text_ids[len(strings.token_ids) :]):
                 return self._finish_at_stop(strings, completion.logprobs)
         return self._finish(
