@@ -1,6 +1,5 @@
 """`nanovllm generate`: its flags -> GenerateOptions -> the job."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +8,18 @@ import typer
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.errors import UserError
 
-from . import flags
+from . import flags, sampling_flags
 from .exit_code import ExitCode
 from .lock import output_locks
 from .log import Log
 from .options import GenerateOptions
 from .prompt_options import PromptOptions
-from .row_settings import logit_bias_of
 from .run_job import run_job
-from .setting_values import is_logit_bias
 from .settings import load_config_file, option
 from .shard import Shard
 from .signals import Signals
 
-_OUTPUT, _PROMPTS, _SAMPLING = "Output", "Prompts", "Sampling (a row's own fields come first)"
+_OUTPUT, _PROMPTS, _SAMPLING = "Output", "Prompts", sampling_flags.SAMPLING
 
 
 def generate_command(
@@ -119,22 +116,10 @@ def generate_command(
     stop: list[str] = option(
         [], "--stop", panel=_SAMPLING, metavar="TEXT", help="End before this text; repeatable."
     ),
-    repetition_penalty: float | None = option(
-        None, "--repetition-penalty", panel=_SAMPLING,
-        help="Over 1: less of what the prompt and the text have. Default: the model's.",
-    ),
-    presence_penalty: float | None = option(
-        None, "--presence-penalty", panel=_SAMPLING,
-        help="Over 0: less of what the text has, once for each token.",
-    ),
-    frequency_penalty: float | None = option(
-        None, "--frequency-penalty", panel=_SAMPLING,
-        help="Over 0: less of what the text has, as often as it is there.",
-    ),
-    logit_bias: str | None = option(
-        None, "--logit-bias", panel=_SAMPLING, metavar="JSON",
-        help='Added to tokens\' logits: {"1234": -100}.',
-    ),
+    repetition_penalty: sampling_flags.RepetitionPenalty = None,
+    presence_penalty: sampling_flags.PresencePenalty = None,
+    frequency_penalty: sampling_flags.FrequencyPenalty = None,
+    logit_bias: sampling_flags.LogitBias = None,
     bad_words: list[str] = option(
         [], "--bad-word", panel=_SAMPLING, metavar="TEXT", help="Never write this; repeatable."
     ),
@@ -142,17 +127,9 @@ def generate_command(
         False, "--ignore-eos", panel=_SAMPLING, help="Generate on after the end of the text."
     ),
     n: int = option(1, "--n", panel=_SAMPLING, help="Completions for each row."),
-    best_of: int | None = option(
-        None, "--best-of", panel=_SAMPLING,
-        help="Draw so many and keep the n of the highest mean log-probability.",
-    ),
-    logprobs: int | None = option(
-        None, "--logprobs", panel=_SAMPLING, metavar="K",
-        help="Write each token's log-probability, and the K likeliest tokens'; K may be 0.",
-    ),
-    prompt_logprobs: int | None = option(
-        None, "--prompt-logprobs", panel=_SAMPLING, metavar="K", help="The same of the prompt."
-    ),
+    best_of: sampling_flags.BestOf = None,
+    logprobs: sampling_flags.Logprobs = None,
+    prompt_logprobs: sampling_flags.PromptLogprobs = None,
     seed: int = option(0, "--seed", panel=_SAMPLING, help="Two runs with one seed are the same."),
     model: flags.Model = GenerateOptions.model,
     revision: str | None = option(
@@ -257,7 +234,9 @@ def generate_command(
             "repetition_penalty": repetition_penalty,
             "presence_penalty": presence_penalty,
             "frequency_penalty": frequency_penalty,
-            "logit_bias": None if logit_bias is None else _parse_logit_bias(logit_bias),
+            "logit_bias": None
+            if logit_bias is None
+            else sampling_flags.parse_logit_bias(logit_bias),
             "logprobs": logprobs,
             "prompt_logprobs": prompt_logprobs,
         }
@@ -353,13 +332,3 @@ def generate_command(
                     child.kill()  # nothing is left to kill where the job has closed it
 
     raise typer.Exit(run_job(job, debug=debug, log=Log(log_format), signals=signals))
-
-
-def _parse_logit_bias(text: str) -> tuple[tuple[int, float], ...]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not is_logit_bias(value):
-        raise UserError(f'--logit-bias is {text!r}; it must be like {{"1234": -100}}')
-    return logit_bias_of(value)

@@ -108,9 +108,10 @@ class PromptTokenizer:
         return tuple(found)
 
     def end_think_of(self, prompt_token_ids: Sequence[int]) -> int | None:
-        """The token that ends the thought of a chat's answer; None where it does not think."""
-        is_closed = self._end_think in prompt_token_ids[-_TEMPLATE_END:]
-        return None if is_closed else self._end_think
+        """The token that ends the thought with which a chat's answer begins, if it has one."""
+        if not self._knows_reasoning or self._end_think in prompt_token_ids[-_TEMPLATE_END:]:
+            return None
+        return self._end_think
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text, without the special tokens."""
