@@ -8,7 +8,7 @@ import typer
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.errors import UserError
 
-from . import flags, job_flags
+from . import flags, job_flags, sampling_flags
 from .exit_code import ExitCode
 from .flag_files import read_prefix, read_template
 from .log import Log
@@ -21,7 +21,7 @@ from .shard import Shard
 from .signals import Signals
 from .start_job import start_job
 
-_SAMPLING = "Sampling (a row's own fields come first)"
+_SAMPLING = sampling_flags.SAMPLING
 
 
 def generate_command(
@@ -62,6 +62,14 @@ def generate_command(
         None, "--thinking/--no-thinking", panel=job_flags.PROMPTS,
         help="Whether the model thinks before it answers; default: the template's.",
     ),
+    thinking_budget: int | None = option(
+        None, "--thinking-budget", panel=job_flags.PROMPTS, metavar="TOKENS",
+        help="End a thought that is so long, and let the answer begin.",
+    ),
+    truncate_prompt_tokens: int | None = option(
+        None, "--truncate-prompt-tokens", panel=job_flags.PROMPTS, metavar="TOKENS",
+        help="Keep the last so many tokens of a longer prompt.",
+    ),
     prompt_column: job_flags.PromptColumn = "prompt",
     messages_column: job_flags.MessagesColumn = "messages",
     id_column: job_flags.IdColumn = None,
@@ -88,10 +96,20 @@ def generate_command(
     stop: list[str] = option(
         [], "--stop", panel=_SAMPLING, metavar="TEXT", help="End before this text; repeatable."
     ),
+    repetition_penalty: sampling_flags.RepetitionPenalty = None,
+    presence_penalty: sampling_flags.PresencePenalty = None,
+    frequency_penalty: sampling_flags.FrequencyPenalty = None,
+    logit_bias: sampling_flags.LogitBias = None,
+    bad_words: list[str] = option(
+        [], "--bad-word", panel=_SAMPLING, metavar="TEXT", help="Never write this; repeatable."
+    ),
     ignore_eos: bool = option(
         False, "--ignore-eos", panel=_SAMPLING, help="Generate on after the end of the text."
     ),
     n: int = option(1, "--n", panel=_SAMPLING, help="Completions for each row."),
+    best_of: sampling_flags.BestOf = None,
+    logprobs: sampling_flags.Logprobs = None,
+    prompt_logprobs: sampling_flags.PromptLogprobs = None,
     seed: int = option(0, "--seed", panel=_SAMPLING, help="Two runs with one seed are the same."),
     model: flags.Model = GenerateOptions.model,
     revision: job_flags.Revision = None,
@@ -147,6 +165,14 @@ def generate_command(
             "max_tokens": max_tokens,
             "min_tokens": min_tokens,
             "ignore_eos": ignore_eos or None,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "logit_bias": None
+            if logit_bias is None
+            else sampling_flags.parse_logit_bias(logit_bias),
+            "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs,
         }
         sampling: dict[str, Any] = {
             name: value for name, value in chosen.items() if value is not None
@@ -189,7 +215,11 @@ def generate_command(
             ),
             sampling=sampling,
             n=n,
+            best_of=best_of,
             stop=tuple(stop),
+            bad_words=tuple(bad_words),
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            thinking_budget=thinking_budget,
             seed=seed,
             parse_special=parse_special,
             unordered=unordered,

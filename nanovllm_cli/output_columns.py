@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from .exit_code import CommandError
 from .refusal import shown
 
-RESULT_COLUMNS = ("completion", "completions", "reasoning", "finish_reason", "usage")
+RESULT_COLUMNS = (
+    *("completion", "completions", "reasoning", "tool_calls", "finish_reason", "logprobs"),
+    *("prompt_logprobs", "usage"),
+)
 SCORE_COLUMNS = ("logprob", "num_scored_tokens", "perplexity", "is_greedy", "token_logprobs")
 
 

@@ -14,14 +14,27 @@ from .output_columns import OutputColumns
 
 _ROWS_AT_ONCE = 1024
 _MAX_DEPTH = 32  # levels of a value; a list makes two of the 100 that readers of Parquet take
-_SAMPLE = pa.struct(
-    {"completion": pa.string(), "reasoning": pa.string(), "finish_reason": pa.string()}
-)
-_RESULT_TYPES = {
+_SCORED_TOKEN = {
+    "token": pa.string(),
+    "token_id": pa.int32(),
+    "logprob": pa.float32(),
+    "bytes": pa.list_(pa.uint8()),  # of a part of a character
+}
+_LOGPROBS = pa.list_(pa.struct({**_SCORED_TOKEN, "top": pa.list_(pa.struct(_SCORED_TOKEN))}))
+_FUNCTION = pa.struct({"name": pa.string(), "arguments": pa.string()})
+_SAMPLE_TYPES = {
     "completion": pa.string(),
     "reasoning": pa.string(),
+    "tool_calls": pa.list_(
+        pa.struct({"id": pa.string(), "type": pa.string(), "function": _FUNCTION})
+    ),
     "finish_reason": pa.string(),
-    "completions": pa.list_(_SAMPLE),
+    "logprobs": _LOGPROBS,
+}
+_RESULT_TYPES = {
+    **_SAMPLE_TYPES,
+    "completions": pa.list_(pa.struct(_SAMPLE_TYPES)),
+    "prompt_logprobs": _LOGPROBS,
     "usage": pa.struct({"prompt_tokens": pa.int64(), "completion_tokens": pa.int64()}),
     "logprob": pa.float64(),
     "num_scored_tokens": pa.int64(),

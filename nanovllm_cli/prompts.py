@@ -29,14 +29,25 @@ class Prompt:
     text: str | None
     messages: Messages | None
     token_ids: list[int] | None
-    sampling: Mapping[str, Any]  # the row's own fields of SamplingParams, checked
-    n: int | None
-    stop: tuple[str, ...]  # () where the row says nothing
+    settings: RowSettings  # the row's own
     enable_thinking: bool | None
     endpoint: Endpoint | None  # of an OpenAI batch line
     model: str | None  # what an OpenAI batch line asks for
     is_scored: bool = False  # and not completed
     context: str | None = None  # of a pair, which is in `text`: its part that is not scored
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """The row's own fields of SamplingParams; the next two are its own, too."""
+        return self.settings.sampling
+
+    @property
+    def n(self) -> int | None:
+        return self.settings.n
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return self.settings.stop
 
     @property
     def index(self) -> int:
@@ -62,12 +73,13 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
     endpoint: Endpoint | None = None
     model: str | None = None
     context: str | None = None
+    is_openai = is_openai_line(columns)
     try:
         if options.is_score:
             row_id = _id_of(columns, options)
             content, context = _scored_content_of(row, options)
             settings = RowSettings()
-        elif is_openai_line(columns):
+        elif is_openai:
             row_id = checked_text("custom_id", columns["custom_id"], "bad_openai_line")
             endpoint, model, content, settings = parse_openai_line(columns, options.system)
         else:
@@ -75,22 +87,20 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
             settings = settings_of(columns, options.named_columns)
             content = _content_of(row, options)
         text, messages, token_ids = with_prefix(content, options.prefix)
-        sampling, n, stop, enable_thinking = settings
-        if messages is None and enable_thinking is not None:
-            raise Refused("bad_parameters", "chat_template_kwargs needs messages, not a prompt")
+        enable_thinking = settings.enable_thinking
+        if messages is None and settings.for_chats is not None:
+            raise Refused("bad_parameters", f"{settings.for_chats} needs messages, not a prompt")
         if messages is not None and enable_thinking is None:
             enable_thinking = options.enable_thinking
     except Refused as refused:
-        return row.failed(row_id, refused.code, refused.message)
+        return row.failed(row_id, refused.code, refused.message, is_openai_line=is_openai)
     return Prompt(
         row=row,
         id=row_id,
         text=text,
         messages=messages,
         token_ids=token_ids,
-        sampling=sampling,
-        n=n,
-        stop=stop,
+        settings=settings,
         enable_thinking=enable_thinking,
         endpoint=endpoint,
         model=model,

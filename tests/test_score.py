@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from nanovllm_cli.core.request import Logprobs, Request
+from nanovllm_cli.core.request import Completion, Logprobs, Request
 from nanovllm_cli.exit_code import ExitCode
 from nanovllm_cli.feeder import TokenizedPrompt, tokenize
-from nanovllm_cli.output_columns import OutputColumns
+from nanovllm_cli.output_columns import SCORE_COLUMNS, OutputColumns
 from nanovllm_cli.prompt_options import PromptOptions
+from nanovllm_cli.prompts import Prompt, to_prompt
+from nanovllm_cli.row_plan import RowPlan
 from nanovllm_cli.rows import BadRow, Row
 from nanovllm_cli.score import score_line
 from nanovllm_cli.score_command import SAMPLING
@@ -161,21 +163,36 @@ def test_a_single_token_has_nothing_to_score(tokenizer: PromptTokenizer) -> None
 # --- the line
 
 
-def line_of(values: list[float], top_ids: list[int], **more: Any) -> dict[str, Any]:
-    row = Row(index=0, source="s", line=1, raw=b'{"id": 1}', columns={"id": 1})
+def line_of(values: list[float], top_ids: list[int]) -> dict[str, Any]:
+    columns = {"id": 1, "prompt": "x"}
+    raw = b'{"prompt": "x"}'
+    row = Row(index=0, source="s", line=1, raw=raw, columns=json.loads(raw))
+    prompt = to_prompt(row, PromptOptions(**SCORED))
+    assert isinstance(prompt, Prompt)
+    plan = RowPlan(
+        prompt=prompt, token_ids=[9, 1, 2], requests=[], num_shown=1, stop=(), shows_logprobs=False
+    )
     logprobs = Logprobs(
         values=np.array(values, np.float32),
         top_ids=np.array(top_ids, np.int32)[:, None],
         top_values=np.zeros((len(values), 1), np.float32),
     )
-    columns = OutputColumns(results=tuple(RESULTS), **more)
-    line = score_line(row, [9, 1, 2], logprobs, columns, has_token_logprobs=False)
+    completion = Completion(
+        request_id=0,
+        token_ids=np.array([7], np.int32),
+        finish_reason="length",
+        num_prompt_tokens=3,
+        num_cached_tokens=0,
+        prompt_logprobs=logprobs,
+    )
+    columns = OutputColumns(results=SCORE_COLUMNS)
+    line = score_line(plan, completion, columns, has_token_logprobs=False)
     return dict(json.loads(line))
 
 
 def test_a_line_has_the_sum_and_the_perplexity() -> None:
     row = line_of([-0.5, -1.5], [1, 2])
-    assert row == {"id": 1, "logprob": -2.0, "num_scored_tokens": 2, "perplexity": math.e,
+    assert row == {"prompt": "x", "logprob": -2.0, "num_scored_tokens": 2, "perplexity": math.e,
                    "is_greedy": True}  # fmt: skip
     assert line_of([-0.5, -1.5], [1, 3])["is_greedy"] is False
     assert line_of([-1.5], [2])["num_scored_tokens"] == 1
