@@ -92,6 +92,9 @@ def _endpoint_and_body(columns: Mapping[str, Any]) -> tuple[Endpoint, dict[str, 
         limit = body.pop("max_completion_tokens")
         if body.setdefault("max_tokens", limit) != limit:
             raise Refused("bad_parameters", "body.max_tokens and max_completion_tokens differ")
+    seed = body.get("seed")
+    if type(seed) is int and -(2**63) <= seed < 0:  # OpenAI's are signed
+        body["seed"] = seed + 2**64
     for name in _WITHOUT_EFFECT:
         body.pop(name, None)
     return endpoint, body

@@ -42,6 +42,7 @@ _RESULT_TYPES = {
     "is_greedy": pa.bool_(),
     "token_logprobs": pa.list_(pa.float32()),
 }
+_MAX_FIELDS = 500  # of a struct; what has more is written as JSON text
 Lines = Callable[[], Iterator[tuple[int, bytes]]]  # (row number, line), the same each time
 
 
@@ -126,7 +127,8 @@ def _schema(lines: Lines, inputs: pa.Schema | None, columns: OutputColumns) -> p
                 types.setdefault(name, _RESULT_TYPES[name])
             elif inputs is None:
                 found = _type_of([row.get(name) for row in rows])
-                types[name] = _unify(types[name], found) if name in types else found
+                found = _unify(types[name], found) if name in types else found
+                types[name] = pa.string() if _is_wide(found) else found
     if inputs is None:
         types = {n: pa.string() if _cannot_be_kept(t) else t for n, t in types.items()}
     if columns.chosen:  # one that no row has is there too, and empty
@@ -158,6 +160,12 @@ def _is_empty(kind: pa.DataType) -> bool:
     """Whether it holds a struct without fields, which Parquet has not."""
     children = [kind.field(at).type for at in range(kind.num_fields)]
     return (pa.types.is_struct(kind) and not children) or any(map(_is_empty, children))
+
+
+def _is_wide(kind: pa.DataType) -> bool:
+    """Whether it holds a struct that has names for data, as OpenAI's `top_logprobs` has tokens."""
+    children = [kind.field(at).type for at in range(kind.num_fields)]
+    return len(children) > _MAX_FIELDS or any(map(_is_wide, children))
 
 
 def _unify(a: pa.DataType, b: pa.DataType) -> pa.DataType:

@@ -44,7 +44,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tool_choice": (values.is_tool_choice, "'auto' or 'none'; no call can be forced"),
     "parallel_tool_calls": (values.is_bool, "true or false"),
 }
-_OF_THE_TOOL = {  # not SamplingParams' fields
+_NOT_OF_SAMPLING = {  # no fields of SamplingParams
     *("n", "best_of", "stop", "bad_words", "truncate_prompt_tokens", "thinking_budget"),
     *("chat_template_kwargs", "tools", "tool_choice", "parallel_tool_calls"),
 }
@@ -138,7 +138,7 @@ def parse_settings(fields: Mapping[str, Any], place: str) -> RowSettings:
         if not is_good(value):
             message = f"{place}{name} is {shown(value)}; it must be {expected}"
             raise Refused("bad_parameters", message)
-        if name in _OF_THE_TOOL:
+        if name in _NOT_OF_SAMPLING:
             own[name] = value
         else:
             sampling[name] = float(value) if name in _NUMBERS else value

@@ -116,20 +116,17 @@ def _call_at(text: str, start: int) -> tuple[ToolCall | None, int]:
     """The call whose JSON begins at `start`, and where it ends; None where there is none."""
     try:
         content, end = _DECODER.raw_decode(text, start)
+        closed = _CLOSE.match(text, end)
+        if closed is None or not isinstance(content, dict):
+            return None, start
+        name, arguments = content.get("name"), content.get("arguments")
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            return None, start
+        call = ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        "".join(call).encode()  # escapes may stand for half a character, which no line can hold
     except (ValueError, RecursionError):
         return None, start
-    closed = _CLOSE.match(text, end)
-    is_call = (
-        closed is not None
-        and isinstance(content, dict)
-        and isinstance(content.get("name"), str)
-        and isinstance(content.get("arguments"), dict)
-    )
-    if closed is None or not is_call:
-        return None, start
-    return ToolCall(
-        content["name"], json.dumps(content["arguments"], ensure_ascii=False)
-    ), closed.end()
+    return call, closed.end()
 
 
 def _refuse_constant(name: str) -> NoReturn:

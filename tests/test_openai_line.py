@@ -53,6 +53,12 @@ def test_what_has_no_effect_on_the_text_is_taken() -> None:
     assert good(chat_line(**ignored)).settings == good(chat_line()).settings
 
 
+def test_a_seed_may_be_below_zero() -> None:
+    seeds = [good(chat_line(seed=seed)).sampling["seed"] for seed in (-(2**63), -1, 0, 2**63 - 1)]
+    assert len({*seeds}) == 4
+    bad("bad_parameters", chat_line(seed=-(2**63) - 1), "body.seed is -")
+
+
 def test_a_completion_may_echo_its_prompt() -> None:
     assert good(text_line(prompt="x", echo=True)).settings.echo
     assert not good(text_line(prompt="x", echo=False)).settings.echo

@@ -241,6 +241,16 @@ def test_a_type_that_changes_far_down_is_still_found(
         assert set(found.column("x").to_pylist()) == texts
 
 
+def test_an_object_with_a_name_for_every_datum_is_text(tmp_path: Path) -> None:
+    rows = [{"x": {"top": [{f"token {n}": n}]}, "y": {"a": n}} for n in range(3000)]
+    found = from_json(tmp_path, rows)
+    assert found.schema.field("x").type == pa.string()
+    assert [orjson.loads(text) for text in found.column("x").to_pylist()] == [
+        row["x"] for row in rows
+    ]
+    assert found.schema.field("y").type == pa.struct([("a", pa.int64())])
+
+
 def test_a_column_that_comes_late_is_empty_before(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"a": 1} for _ in range(2000)]
     found = from_json(tmp_path, [*rows, {"b": "x", "a": 2}])

@@ -55,6 +55,26 @@ def test_a_stopped_job_runs_the_missing_rows_only_and_the_bytes_are_the_same(
     assert rows["failed_by_code"] == {"no_prompt": 20}
 
 
+def test_a_stopped_batch_of_openais_lines_goes_on(make: Make) -> None:
+    rows = [
+        {
+            **{"custom_id": f"c{n}", "method": "POST", "url": "/v1/completions"},
+            "body": {"prompt": "a", "n": 0 if n % 5 == 3 else 1},
+        }
+        for n in range(40)
+    ]
+    folder, whole = make(rows), make(rows, folder="whole")
+    assert whole.run()[0] == ExitCode.SOME_ROWS_FAILED
+    folder.stop_after(2)
+    assert folder.run()[0] == ExitCode.SOME_ROWS_FAILED
+    assert folder.output.read_bytes() == whole.output.read_bytes()
+    errors, expected = (
+        [{**row, "source": "in.jsonl"} for row in read_rows(job.errors)] for job in (folder, whole)
+    )
+    assert errors == expected
+    assert folder.stats["rows"]["failed_by_code"] == {"bad_parameters": 8}
+
+
 def test_rows_are_in_equal_out_however_often_a_job_is_stopped(make: Make) -> None:
     folder = make(mixed_rows(100))
     for _ in range(9):

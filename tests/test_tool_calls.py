@@ -30,6 +30,11 @@ def split(text: str, is_one_only: bool = False) -> tuple[str, list[ToolCall]]:
         (f"I shall look.\n{CALL}\n", "I shall look.", [OSLO]),
         (f"First {CALL} then {OTHER} done", "First  then  done", [OSLO, TIME]),
         ('<tool_call>{"arguments": {"city": "Oslo"}, "name": "weather"}</tool_call>', "", [OSLO]),
+        (
+            CALL.replace("Oslo", r"\ud83d\ude00"),
+            "",
+            [ToolCall("weather", '{"city": "\U0001f600"}')],
+        ),
         (CALL.replace("Oslo", "Z\u00fcrich"), "", [ToolCall("weather", '{"city": "Z\u00fcrich"}')]),
     ],
 )
@@ -49,6 +54,11 @@ def test_calls_are_split_off_a_text(text: str, rest: str, calls: list[ToolCall])
         CALL.replace('"weather"', "7"),
         CALL.replace('{"city": "Oslo"}', '"{}"'),
         CALL.replace('"Oslo"', "NaN"),
+        CALL.replace('"Oslo"', "1e999"),
+        CALL.replace("Oslo", r"\ud83d"),  # half a character
+        CALL.replace("weather", r"\udc00"),
+        CALL.replace("Oslo", "\n"),
+        CALL.replace('"Oslo"', "9" * 5000),
         CALL.replace('"Oslo"', "[" * 100_000),
         CALL.replace("</tool_call>", "and so on </tool_call>"),
         "<tool_call>[1]</tool_call>",
