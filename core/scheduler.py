@@ -57,7 +57,7 @@ class _Launched(NamedTuple):
 
     sequences: list[Sequence]
     num_planned: list[int]  # tokens of each
-    target_counts: list[int]  # prompt tokens of each whose log-probabilities it gives
+    target_counts: list[int]  # prompt tokens of each that it gives log-probabilities of, if any
 
 
 class Scheduler:
@@ -174,7 +174,9 @@ class Scheduler:
     def update(self, result: BatchResult) -> list[Output]:
         """Take in the oldest launch's tokens; returns what has finished, failed or moved on."""
         sequences, num_planned, target_counts = self._launched.popleft()
-        logprobs = ResultLogprobs(result, target_counts)
+        logprobs = None
+        if result.logprobs is not None or result.prompt_logprobs is not None:
+            logprobs = ResultLogprobs(result, target_counts)
         outputs: list[Output] = []
         for i, sequence in enumerate(sequences):
             if sequence.status is SequenceStatus.FINISHED:
@@ -191,15 +193,13 @@ class Scheduler:
                     )
                 )
                 continue
-            if (prompt := logprobs.of_prompt(i, sequence.num_prompt_logprobs)) is not None:
-                sequence.prompt_logprobs.append(prompt)
             token_ids = result.token_ids[i, : result.num_tokens[i]]
+            own = None
+            if logprobs is not None:
+                own = logprobs.give_to(sequence, i, len(token_ids))
             if not len(token_ids):
                 continue
             sequence.append(token_ids)
-            own = logprobs.of_tokens(i, len(token_ids), sequence.num_logprobs)
-            if own is not None:
-                sequence.logprobs.append(own)
             self.stats.num_completion_tokens += len(token_ids)
             if result.is_stopped[i]:
                 outputs.append(self._complete(sequence, "stop"))
@@ -318,8 +318,7 @@ class Scheduler:
             self._grow(sequence, sequence.planned_length - 1)
         self.stats.num_decode_steps += num_steps
         self.stats.num_decode_slots += num_steps * len(sequences)
-        count = len(sequences)
-        self._launched.append(_Launched(sequences, [num_steps] * count, [0] * count))
+        self._launched.append(_Launched(sequences, [num_steps] * len(sequences), []))
         needs = needs_of(sequences) if self._num_asking else None
         slots = _slots_of(sequences)
         self._leave_if_full(sequences)

@@ -42,10 +42,16 @@ def fingerprint(
     settings: dict[str, Any] = {
         "model": options.model,
         "format": options.format,
+        "output_columns": ",".join(options.output_columns) or None,
         "n": options.n,
+        "best_of": options.best_of,
         "stop": list(options.stop),
+        "bad_words": list(options.bad_words) or None,
+        "truncate_prompt_tokens": options.truncate_prompt_tokens,
+        "thinking_budget": options.thinking_budget,
         "seed": options.seed,
         "parse_special": options.parse_special,
+        "token_logprobs": options.token_logprobs or None,
         "device": engine.device,
         "dtype": engine.dtype,
         # Sums over ranks have other last bits.

@@ -1,15 +1,16 @@
-"""GenerateOptions: everything `nanovllm generate` can be told, with every default."""
+"""GenerateOptions: everything a job of `generate` or `score` can be told, with every default."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.errors import UserError
-from nanovllm_cli.core.sampling_params import SamplingParams
+from nanovllm_cli.core.sampling_params import MAX_BAD_WORDS, SamplingParams
 
 from .log import FORMATS
+from .output_columns import RESULT_COLUMNS, SCORE_COLUMNS, OutputColumns
 from .prompt_options import PromptOptions
-from .row_settings import MAX_SAMPLES
+from .setting_values import MAX_SAMPLES, is_bad_words
 from .shard import Shard
 
 DEFAULT_MODEL = "Qwen3-0.6B"
@@ -23,6 +24,7 @@ class GenerateOptions:
     inputs: list[str]
     output: str = "-"
     format: str = "auto"  # "openai": every row in OpenAI's shape; "auto": OpenAI's lines only
+    output_columns: tuple[str, ...] = ()  # (): the input's and the results
     errors: str | None = None  # None: beside the output
     model: str = DEFAULT_MODEL
     revision: str | None = None
@@ -32,9 +34,14 @@ class GenerateOptions:
     prompt: PromptOptions = field(default_factory=PromptOptions)
     sampling: dict[str, Any] = field(default_factory=dict)  # over the model's defaults
     n: int = 1
+    best_of: int | None = None  # samples of which n are kept; None: n
     stop: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    truncate_prompt_tokens: int | None = None  # to the last so many; None: all
+    thinking_budget: int | None = None  # tokens; of rows that think
     seed: int = 0
     parse_special: bool = False
+    token_logprobs: bool = False  # of a score: a column with each token's
     unordered: bool = False
     overwrite: bool = False
     restart: bool = False  # from the first row, whatever an earlier run has left
@@ -56,6 +63,30 @@ class GenerateOptions:
         for name, value, is_good, limit in (
             ("format", self.format, self.format in ("auto", "openai"), "auto or openai"),
             ("n", self.n, 1 <= self.n <= MAX_SAMPLES, f"1 to {MAX_SAMPLES}"),
+            (
+                "best-of",
+                self.best_of,
+                self.best_of is None or self.n <= self.best_of <= MAX_SAMPLES,
+                f"{self.n} (--n) to {MAX_SAMPLES}",
+            ),
+            (
+                "bad-word",
+                self.bad_words,
+                is_bad_words([*self.bad_words]),
+                f"at most {MAX_BAD_WORDS} texts, none of them blank",
+            ),
+            (
+                "truncate-prompt-tokens",
+                self.truncate_prompt_tokens,
+                self.truncate_prompt_tokens is None or self.truncate_prompt_tokens >= 1,
+                "at least 1",
+            ),
+            (
+                "thinking-budget",
+                self.thinking_budget,
+                self.thinking_budget is None or self.thinking_budget >= 0,
+                "at least 0",
+            ),
             ("stop", "''", all(self.stop), "a text that is not empty"),
             ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
             ("limit", self.limit, self.limit is None or self.limit >= 1, "at least 1"),
@@ -93,10 +124,18 @@ class GenerateOptions:
         ):
             if not is_good:
                 raise UserError(f"--{name} is {value}; it must be {limit}")
+        if self.output_columns and self.format == "openai":
+            raise UserError("--output-columns are not of --format openai", "Leave out one of them.")
         try:
             SamplingParams(**self.sampling)
         except ValueError as error:
             raise UserError(f"--{error}".replace("_", "-")) from None
+
+    @property
+    def columns(self) -> OutputColumns:
+        """What a row of the output holds."""
+        results = SCORE_COLUMNS if self.prompt.is_score else RESULT_COLUMNS
+        return OutputColumns(results=results, chosen=self.output_columns)
 
     @property
     def rows_in_flight(self) -> int:

@@ -63,7 +63,7 @@ def generate(
 
     Raises UserError for what ends it as a whole, and Stopped.
     """
-    totals, signals = Totals(), signals or Signals()
+    totals, signals = Totals(is_score=options.prompt.is_score), signals or Signals()
     progress = Progress(
         totals,
         Log(options.log_format),
@@ -85,7 +85,8 @@ def _generate(
     with totals.phase("check"):
         sources = find_inputs(options.inputs)
         num_rows = check_inputs(sources, limit=options.limit)
-        rows = try_first_rows(read_rows(sources, limit=options.limit), options.prompt)
+        rows = read_rows(sources, limit=options.limit)
+        rows = try_first_rows(rows, options.prompt, options.columns)
         model = resolve_model(options.model, options.revision, offline=options.offline)
         sampling = default_sampling(model) | options.sampling
         settings = fingerprint(
@@ -215,9 +216,11 @@ def _exit_code(options: GenerateOptions, num_failed_rows: int) -> ExitCode:
 def _stats(options: GenerateOptions, totals: Totals, exit_code: ExitCode) -> dict[str, Any]:
     return {
         "nanovllm_version": __version__,
+        "command": "score" if options.prompt.is_score else "generate",
         "model": as_text(options.model),
         "seed": options.seed,
         "inputs": [as_text(name) for name in options.inputs],
+        "output_columns": [as_text(name) for name in options.output_columns],
         "exit_code": int(exit_code),
         **totals.as_dict(),
     }

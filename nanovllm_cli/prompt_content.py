@@ -3,12 +3,14 @@
 from typing import Any, NamedTuple
 
 from .refusal import Refused, checked_text, shown
+from .tool_calls import check_calls
 
 Messages = list[dict[str, Any]]
 
 _ROLES = ("system", "user", "assistant", "tool")
-_MESSAGE_TEXTS = ("reasoning_content", "name", "tool_call_id")
-_MESSAGE_FIELDS = frozenset({"role", "content", "tool_calls", *_MESSAGE_TEXTS})
+_SAME_ROLES = {"developer": "system"}  # OpenAI's name for it, since its o1
+_MESSAGE_TEXTS = ("reasoning_content", "name", "tool_call_id", "refusal")
+_MESSAGE_FIELDS = frozenset({"role", "content", "tool_calls", "annotations", *_MESSAGE_TEXTS})
 
 
 class Content(NamedTuple):
@@ -50,6 +52,21 @@ def from_token_ids(value: Any, place: str) -> Content:
     return Content(token_ids=value)
 
 
+def with_prefix(content: Content, prefix: str | Messages | None) -> Content:
+    """`content` after what all rows begin with: text before text, messages after a system's."""
+    if prefix is None:
+        return content
+    text, messages, _ = content
+    if isinstance(prefix, str) and text is not None:
+        return Content(text=prefix + text)
+    if isinstance(prefix, list) and messages is not None:
+        at = 1 if messages[0]["role"] == "system" else 0
+        return Content(messages=[*messages[:at], *prefix, *messages[at:]])
+    held = "text" if isinstance(prefix, str) else "messages"
+    given = "messages" if messages is not None else "text" if text is not None else "token ids"
+    raise Refused("bad_prompt", f"--prefix-file holds {held}, and cannot go before {given}")
+
+
 def _message(value: Any, list_place: str, at: int) -> dict[str, Any]:
     if type(value) is dict and len(value) == 2:  # almost every message, in a fifth of the time
         role, content = value.get("role"), value.get("content")
@@ -65,23 +82,26 @@ def _checked_message(value: Any, place: str) -> dict[str, Any]:
     for name in message:
         if name not in _MESSAGE_FIELDS:
             raise Refused("bad_messages", f"{place} has the unknown field {shown(name)}")
-    role = message.get("role")
+    role = message["role"] = _SAME_ROLES.get(str(message.get("role")), message.get("role"))
     if role not in _ROLES:
-        reason = f"{place}.role is {shown(role)}; it must be one of {', '.join(_ROLES)}"
+        known = ", ".join([*_ROLES, *_SAME_ROLES])
+        reason = f"{place}.role is {shown(role)}; it must be one of {known}"
         raise Refused("bad_messages", reason)
     calls = message.get("tool_calls", [])
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise Refused("bad_messages", f"{place}.tool_calls is not a list of objects")
+    check_calls(calls, f"{place}.tool_calls")
     for name in _MESSAGE_TEXTS:
         if name in message:
             checked_text(f"{place}.{name}", message[name], "bad_messages")
-    content = message.get("content", "" if calls and role == "assistant" else None)
+    message.pop("annotations", None)  # of a response that is sent back: nothing that was said
+    refusal = message.pop("refusal", "" if calls and role == "assistant" else None)
+    content = message.get("content", refusal)
     if isinstance(content, list):
         content = "".join(_text_part(part, f"{place}.content") for part in content)
     return {**message, "content": checked_text(f"{place}.content", content, "bad_messages")}
 
 
 def _text_part(part: Any, place: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "refusal"):
         raise Refused("bad_messages", f"{place} has the part {shown(part)}; only text is known")
-    return checked_text(f"{place}[].text", part.get("text"), "bad_messages")
+    return checked_text(f"{place}[].{kind}", part.get(kind), "bad_messages")

@@ -20,8 +20,11 @@ from transformers import AutoTokenizer
 from nanovllm_cli.core.errors import ModelError
 
 from .prompts import Prompt
+from .token_texts import TokenTexts
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # for internal use, says Unicode
+
+_TEMPLATE_END = 4  # tokens, where some templates open, or close, a thought
 
 
 class TemplateError(ValueError):
@@ -47,33 +50,46 @@ class PromptTokenizer:
             if token["lstrip"] or token["rstrip"] or token["normalized"] or token["single_word"]:
                 raise ModelError(f"{file}: {token['content']!r} takes its neighbours with it")
         self._full = Tokenizer.from_file(str(file))
+        self._full.no_truncation()  # a file may ask for either, and transformers ignores it too
+        self._full.no_padding()
+        self.token_texts = TokenTexts(self._full)
         self._added = {token["content"]: token["id"] for token in added_tokens}
         self._plain = Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
-        self._plain.no_truncation()  # a file may ask for either, and transformers ignores it too
+        self._plain.no_truncation()
         self._plain.no_padding()
         # Whether the template takes an assistant's thought apart from its answer, as Qwen3's does.
-        self._knows_reasoning = "reasoning_content" in str(self._hugging_face.chat_template)
+        template = str(self._hugging_face.chat_template)
+        self._knows_reasoning = "reasoning_content" in template
+        self._knows_tools = "tools" in template
         self._parse_special = parse_special
         longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._control = re.compile("|".join(longest_first) or "(?!)")
         self._think, self._end_think = self._added.get("<think>"), self._added.get("</think>")
 
+    @property
+    def first_token_id(self) -> int | None:
+        """What begins a text: the token for it or, where there is none, that which ends one."""
+        first: int | None = self._hugging_face.bos_token_id
+        return first if first is not None else self._hugging_face.eos_token_id
+
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int] | TemplateError]:
         """The token ids of each prompt, or why its chat cannot be rendered."""
         pieces = [self._pieces(prompt) for prompt in prompts]
-        texts = [
-            part
-            for parts in pieces
-            if isinstance(parts, list)
-            for part in parts
-            if isinstance(part, str)
-        ]
+        encoded = iter(self._encode([p for p in pieces if not isinstance(p, TemplateError)]))
+        return [p if isinstance(p, TemplateError) else next(encoded) for p in pieces]
+
+    def num_context_tokens(self, prompts: Sequence[Prompt]) -> list[int | None]:
+        """How many tokens each prompt's context has alone; None where it has no context."""
+        contexts = list(dict.fromkeys(p.context for p in prompts if p.context is not None))
+        encoded = self._encode([self._text_pieces(context) for context in contexts])
+        lengths = {context: len(ids) for context, ids in zip(contexts, encoded, strict=True)}
+        return [None if p.context is None else lengths[p.context] for p in prompts]
+
+    def _encode(self, pieces: list[list[str | int]]) -> list[list[int]]:
+        texts = [part for parts in pieces for part in parts if isinstance(part, str)]
         encoded = iter(self._plain.encode_batch_fast(texts, add_special_tokens=False))
-        results: list[list[int] | TemplateError] = []
+        results = []
         for parts in pieces:
-            if isinstance(parts, TemplateError):
-                results.append(parts)
-                continue
             ids: list[int] = []
             for part in parts:
                 if isinstance(part, int):
@@ -82,6 +98,28 @@ class PromptTokenizer:
                     ids += next(encoded).ids
             results.append(ids)
         return results
+
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each word: as it begins a text, and as it follows a blank.
+
+        vLLM's two forms; but vLLM leaves out the second where it has another length.
+        """
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            first, spaced = (
+                tuple(self._full.encode(text, add_special_tokens=False).ids)
+                for text in (word.lstrip(), f" {word.lstrip()}")
+            )
+            found.append(first)
+            if spaced[-len(first) :] != first:  # else the blank is a token of its own
+                found.append(spaced)
+        return tuple(found)
+
+    def end_think_of(self, prompt_token_ids: Sequence[int]) -> int | None:
+        """The token that ends the thought with which a chat's answer begins, if it has one."""
+        if not self._knows_reasoning or self._end_think in prompt_token_ids[-_TEMPLATE_END:]:
+            return None
+        return self._end_think
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text, without the special tokens."""
@@ -101,7 +139,7 @@ class PromptTokenizer:
         def text_of(ids: Sequence[int]) -> str:
             return self.decode(ids) if cut is None else cut(self.decode(ids))
 
-        template_end = prompt_token_ids[-4:]  # where some templates open, or close, a thought
+        template_end = prompt_token_ids[-_TEMPLATE_END:]
         if self._end_think is not None and self._end_think in token_ids:
             end = token_ids.index(self._end_think)
             reasoning, answer = token_ids[:end], token_ids[end + 1 :]
@@ -120,27 +158,36 @@ class PromptTokenizer:
         if prompt.token_ids is not None:
             return list(prompt.token_ids)
         if prompt.text is not None:
-            if self._parse_special:
-                return self._split(prompt.text, re.compile(f"({self._control.pattern})"))
-            return [prompt.text]
+            return self._text_pieces(prompt.text)
         try:
             return self._render(prompt)
         except Exception as error:  # whatever a template raises is this row's error alone
             return TemplateError(f"the chat template failed: {error}")
 
+    def _text_pieces(self, text: str) -> list[str | int]:
+        if self._parse_special:
+            return self._split(text, re.compile(f"({self._control.pattern})"))
+        return [text]
+
     def _render(self, prompt: Prompt) -> list[str | int]:
         messages = prompt.messages or []
         if self._knows_reasoning:
             messages = [_with_reasoning_apart(message) for message in messages]
-        strings = "\0".join(_strings_in(messages))
+        tools = prompt.settings.tools
+        if tools is not None and not self._knows_tools:
+            raise ValueError("it takes no tools")
+        strings = "\0".join(_strings_in([messages, tools]))
         start, end, *_ = (char for char in _NONCHARACTERS if char not in strings)
-        arguments = {}
+        arguments: dict[str, Any] = {}
         if prompt.enable_thinking is not None:
             arguments["enable_thinking"] = prompt.enable_thinking
+        marks = f"{start}\\g<0>{end}"
+        if tools is not None:
+            arguments["tools"] = _mark(tools, self._control, marks)
         text = self._hugging_face.apply_chat_template(
-            _mark(messages, self._control, f"{start}\\g<0>{end}"),
+            _mark(messages, self._control, marks),
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=not prompt.is_scored,
             **arguments,
         )
         marked = f"{start}(?:{self._control.pattern}){end}"
