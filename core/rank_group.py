@@ -93,7 +93,7 @@ class RankGroup:
             self._end_followers()  # what graphs there are still hold collectives
             raise
 
-    def launch(self, batch: Batch, own: Runner) -> Launch:
+    def launch(self, batch: Batch, own: Runner) -> Launch | None:
         """The same launch on every rank."""
         if self.death is not None:
             self._raise_death()
@@ -221,7 +221,7 @@ class _LeadingRunner:
         self._ranks = ranks
         self.num_blocks = own.num_blocks
 
-    def launch(self, batch: Batch) -> Launch:
+    def launch(self, batch: Batch) -> Launch | None:
         return self._ranks.launch(batch, self._own)
 
 

@@ -23,7 +23,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch import distributed as dist
 
-from nanovllm_cli.core.batch import Admission, Batch, BlockTableUpdate, DecodeBatch, PrefillBatch
+from nanovllm_cli.core.batch import (
+    Adjustment,
+    Admission,
+    Batch,
+    BlockTableUpdate,
+    DecodeBatch,
+    ForwardBatch,
+    PrefillBatch,
+    PromptTargets,
+    RowNeeds,
+    SampleBatch,
+    TokenMasks,
+)
 from nanovllm_cli.core.batch_layout import decode_batch, encode_batch
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.engine import Engine
@@ -291,9 +303,25 @@ def batches(draw: st.DrawFn) -> Batch:
         block_ids=draw(arrays(num_entries)),
     )
     slots = draw(arrays(num_seqs))
-    if draw(st.booleans()):
+    kind = draw(st.sampled_from([PrefillBatch, DecodeBatch, ForwardBatch, SampleBatch]))
+    needs = draw(st.none() | row_needs())
+    if kind is SampleBatch:
+        return SampleBatch(slots=slots, needs=needs)
+    if kind is DecodeBatch:
         num_steps = draw(st.integers(1, 2**31 - 1))
-        return DecodeBatch(block_table_update=update, slots=slots, num_steps=num_steps)
+        return DecodeBatch(block_table_update=update, slots=slots, num_steps=num_steps, needs=needs)
+    adjustment = st.builds(
+        Adjustment,
+        repetition_penalty=reals,
+        presence_penalty=reals,
+        frequency_penalty=reals,
+        logit_bias=st.lists(st.tuples(counts, reals), max_size=3).map(tuple),
+        bad_words=st.lists(st.lists(counts, max_size=3).map(tuple), max_size=3).map(tuple),
+        thinking_end=st.none() | counts,
+        end_think_token_id=st.none() | counts,
+        prompt_token_ids=arrays(3),
+        completion_token_ids=arrays(2),
+    )
     admission = st.builds(
         Admission,
         slot=counts,
@@ -305,17 +333,45 @@ def batches(draw: st.DrawFn) -> Batch:
         min_length=counts,
         max_length=counts,
         stop_token_ids=st.lists(counts, max_size=4).map(tuple),
+        adjustment=st.none() | adjustment,
     )
+    admissions = tuple(draw(st.lists(admission, max_size=3)))
+    if kind is ForwardBatch:
+        return ForwardBatch(admissions=admissions, block_table_update=update, slots=slots)
     is_last_chunk = st.lists(st.booleans(), min_size=num_seqs, max_size=num_seqs)
+    targets = st.builds(
+        PromptTargets, hidden_rows=arrays(2), token_ids=arrays(2), num_logprobs=counts
+    )
     return PrefillBatch(
-        admissions=tuple(draw(st.lists(admission, max_size=3))),
+        admissions=admissions,
         block_table_update=update,
         slots=slots,
         token_ids=draw(arrays(draw(st.integers(0, 9)))),
         start_positions=draw(arrays(num_seqs)),
         query_lens=draw(arrays(num_seqs)),
         is_last_chunk=np.array(draw(is_last_chunk)),
+        needs=needs,
+        prompt_targets=draw(st.none() | targets),
     )
+
+
+@st.composite
+def row_needs(draw: st.DrawFn) -> RowNeeds:
+    num_masks = draw(st.integers(0, 3))
+    words = arrays(num_masks * 5).map(lambda words: words.reshape(-1, 5))
+    masks = st.builds(TokenMasks, rows=arrays(num_masks), words=words) if num_masks else st.none()
+    return RowNeeds(
+        adjusted_rows=draw(arrays(draw(st.integers(0, 3)))),
+        logprob_rows=draw(arrays(draw(st.integers(0, 3)))),
+        num_logprobs=draw(counts),
+        masks=draw(masks),
+    )
+
+
+PLAIN = (
+    PrefillBatch, DecodeBatch, ForwardBatch, SampleBatch, BlockTableUpdate, Admission, Adjustment,
+    RowNeeds, TokenMasks, PromptTargets,
+)  # fmt: skip
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -323,7 +379,11 @@ def assert_same(actual: Any, expected: Any) -> None:
         assert actual.dtype == expected.dtype
         assert actual.tolist() == expected.tolist()
         assert actual.flags.writeable, "torch warns of others"
-    elif isinstance(expected, PrefillBatch | DecodeBatch | BlockTableUpdate):
+    elif isinstance(expected, tuple) and expected and isinstance(expected[0], Admission):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same(one, other)
+    elif isinstance(expected, PLAIN):
         assert type(actual) is type(expected)
         for name in expected.__slots__:
             assert_same(getattr(actual, name), getattr(expected, name))
