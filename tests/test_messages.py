@@ -44,7 +44,9 @@ sampling_params = st.builds(
     max_tokens=st.none() | count,
     stop_token_ids=st.lists(int32, max_size=16).map(tuple),
     ignore_eos=st.booleans(),
-    logit_bias=st.lists(st.tuples(int32, st.floats(-100, 100)), max_size=4).map(tuple),
+    logit_bias=st.dictionaries(int32, st.floats(-100, 100), max_size=4).map(
+        lambda biases: tuple(biases.items())
+    ),
     bad_words=st.lists(st.lists(int32, min_size=1, max_size=4).map(tuple), max_size=4).map(tuple),
     repetition_penalty=st.floats(0, 100, exclude_min=True),
     presence_penalty=st.floats(-2, 2),
