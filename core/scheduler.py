@@ -250,6 +250,7 @@ class Scheduler:
         elif is_whole(sequence):
             # Nothing but eos may follow: no step is needed for it.
             self._append(sequence, self._grammars.eos_token_ids[:1])
+            sequence.set_stored(sequence.num_tokens - 2)
             return self._complete(sequence, "stop")
         if sequence.slot is not None:
             self._publish(sequence)
@@ -275,7 +276,7 @@ class Scheduler:
             sequence.status = SequenceStatus.WAITING
             self._waiting.appendleft(sequence)
         else:
-            sequence.go_on_by_prefill(num_stored)
+            sequence.set_stored(num_stored)
             self._resumed.append(sequence)
 
     def _force(self, sequence: Sequence) -> None:
@@ -447,7 +448,7 @@ class Scheduler:
         for sequence in worth_forcing([s for s in rows if s is not None]):
             num_stored = sequence.num_tokens
             self._force(sequence)
-            sequence.go_on_by_prefill(num_stored)
+            sequence.set_stored(num_stored)
             self._resumed.append(sequence)
             rows[rows.index(sequence)] = None
         if not any(rows):
@@ -471,10 +472,14 @@ class Scheduler:
         num_steps = min(s.max_length - s.planned_length for s in sequences)
         num_steps = min(num_steps, most)
         while num_steps > 0:
-            # The window's last token is sampled but not stored, hence planned_length - 1.
+            # The window's last token is sampled but not stored, hence planned_length - 1. Who has
+            # stopped thinking may hold more.
             needed = sum(
-                self._block_manager.num_blocks_for(s.planned_length - 1 + num_steps)
-                - len(s.block_table)
+                max(
+                    self._block_manager.num_blocks_for(s.planned_length - 1 + num_steps)
+                    - len(s.block_table),
+                    0,
+                )
                 for s in sequences
             )
             if needed <= self._block_manager.num_free_blocks:

@@ -104,7 +104,7 @@ class Sequence:
         self._tokens[self.num_tokens - 1] = self.grammar_after
         self.grammar_after = None
 
-    def go_on_by_prefill(self, num_stored_tokens: int) -> None:
+    def set_stored(self, num_stored_tokens: int) -> None:
         """Tokens were added that no launch drew: of those there are, so many have their KV."""
         self.num_computed_tokens = num_stored_tokens
         self.num_prefilled_tokens = self.num_tokens
