@@ -445,15 +445,16 @@ class Scheduler:
         """The other half of the guided rows' step, for those that still want its token."""
         rows, self._forwarded = self._forwarded, []
         rows = [s if s is not None and s.status is SequenceStatus.RUNNING else None for s in rows]
-        for sequence in worth_forcing([s for s in rows if s is not None]):
+        needs = self._needs(rows)
+        masks = None if needs is None else needs.masks
+        for row, sequence in worth_forcing(rows, masks).items():
             num_stored = sequence.num_tokens
             self._force(sequence)
             sequence.set_stored(num_stored)
             self._resumed.append(sequence)
-            rows[rows.index(sequence)] = None
+            rows[row] = None  # what is drawn for it is of no use
         if not any(rows):
             return None
-        needs = self._needs(rows)
         self._launch(rows, 1)
         return SampleBatch(slots=self._forwarded_slots, needs=needs)
 
