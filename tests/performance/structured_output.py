@@ -168,7 +168,8 @@ def main() -> None:
             print(
                 f"{name}: free {statistics.median(free):.0f} tok/s, "
                 f"JSON schema {statistics.median(with_schema):.0f} tok/s, "
-                f"share {statistics.median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%}); {share:.1%} of the tokens forced",
+                f"share {statistics.median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%}); "
+                f"{share:.1%} of the tokens forced",
                 flush=True,
             )
         engine.close()
