@@ -74,6 +74,7 @@ class GpuRunner:
         self._staging = Staging(device, num_arenas=config.max_launches_in_flight + 2)
         self._table = SlotTable(max_num_seqs, blocks_per_sequence(config), device, self._staging)
         self._choice = TokenChoice(self._table, model.config.vocab_size)
+        self._is_choice_compiled = False
         self._plan = DecodePlan.allocate(
             max_num_seqs=max_num_seqs,
             num_heads=sizes.num_attention_heads,
@@ -176,7 +177,13 @@ class GpuRunner:
         self._choice.admit(admissions)
 
     def _needs(self, needs: RowNeeds | None) -> DeviceNeeds | None:
-        return None if needs is None else DeviceNeeds.of(needs, self._table)
+        if needs is None:
+            return None
+        if not self._is_choice_compiled:  # one after the other they take as long as a hang
+            dtype = self._model.embed_tokens.weight.dtype
+            run_side_by_side(self._choice.kernels(dtype, self._draw), self._device)
+            self._is_choice_compiled = True
+        return DeviceNeeds.of(needs, self._table)
 
     def _take_slots(self, batch_slots: Int32) -> int:
         """Put the slots of a decode step where it finds them; the batch size that it takes.

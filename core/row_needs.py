@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 
 import numpy as np
 
@@ -71,23 +72,24 @@ def take_prompt_targets(
 
     A token's log-probability is in the hidden state before it. Moves the sequences on.
     """
-    rows, token_ids, counts, num_logprobs = [], [], [], 0
-    first_rows = np.cumsum(ends - starts) - (ends - starts)
-    for sequence, start, end, first_row in zip(sequences, starts, ends, first_rows, strict=True):
+    if all(sequence.next_prompt_target is None for sequence in sequences):
+        return None, []
+    rows, token_ids, num_logprobs = [], [], 0
+    counts = [0] * len(sequences)
+    first_row = 0
+    for i, (sequence, start, end) in enumerate(zip(sequences, starts, ends, strict=True)):
         target = sequence.next_prompt_target
-        counts.append(0)
-        if target is None:
-            continue
-        assert start < target, "the hidden state before the target is not computed"
         stop = min(int(end) + 1, sequence.num_prompt_tokens)
-        if target < stop:
+        if target is not None and target < stop:
+            assert start < target, "the hidden state before the target is not computed"
             rows.append(np.arange(target, stop) - 1 - start + first_row)
             token_ids.append(sequence.token_ids[target:stop])
-            counts[-1] = stop - target
+            counts[i] = stop - target
             num_logprobs = max(num_logprobs, sequence.num_prompt_logprobs or 0)
             sequence.next_prompt_target = stop if stop < sequence.num_prompt_tokens else None
+        first_row += end - start
     if not rows:
-        return None, counts
+        return None, []
     targets = PromptTargets(
         hidden_rows=np.concatenate(rows, dtype=np.int32),
         token_ids=np.concatenate(token_ids),
@@ -100,34 +102,39 @@ class ResultLogprobs:
     """A launch's log-probabilities, by its rows."""
 
     def __init__(self, result: BatchResult, target_counts: Seq[int]) -> None:
+        """target_counts: prompt tokens of each row; or empty, where there are none."""
         self._own, self._prompt = result.logprobs, result.prompt_logprobs
         rows = [] if self._own is None else self._own.rows.tolist()
         self._index_of_row = {row: index for index, row in enumerate(rows)}
-        self._target_counts = target_counts
-        self._target_ends = np.cumsum(target_counts)
+        self._target_bounds = list(accumulate(target_counts, initial=0))
 
-    def of_tokens(self, row: int, num_tokens: int, k: int | None) -> Logprobs | None:
-        """Of a row's first tokens; k: those it asked for."""
-        index = self._index_of_row.get(row)
-        if index is None or self._own is None:
+    def give_to(self, sequence: Sequence, row: int, num_tokens: int) -> Logprobs | None:
+        """Add a row's to what its sequence has; those of its first `num_tokens` tokens here."""
+        if self._prompt is not None:
+            start, end = self._target_bounds[row], self._target_bounds[row + 1]
+            if start < end:
+                k = sequence.num_prompt_logprobs
+                sequence.prompt_logprobs.append(_some(self._prompt, slice(start, end), k))
+        if self._own is None or row not in self._index_of_row or not num_tokens:
             return None
-        return Logprobs(
-            values=self._own.values[index, :num_tokens].copy(),
-            top_ids=self._own.top_ids[index, :num_tokens, :k].copy(),
-            top_values=self._own.top_values[index, :num_tokens, :k].copy(),
+        index = self._index_of_row[row]
+        of_row = Logprobs(
+            values=self._own.values[index],
+            top_ids=self._own.top_ids[index],
+            top_values=self._own.top_values[index],
         )
+        new = _some(of_row, slice(num_tokens), sequence.num_logprobs)
+        sequence.logprobs.append(new)
+        return new
 
-    def of_prompt(self, row: int, k: int | None) -> Logprobs | None:
-        """Of a row's prompt tokens, where the launch computed some."""
-        if self._prompt is None or not self._target_counts[row]:
-            return None
-        end = self._target_ends[row]
-        targets = slice(end - self._target_counts[row], end)
-        return Logprobs(
-            values=self._prompt.values[targets].copy(),
-            top_ids=self._prompt.top_ids[targets, :k].copy(),
-            top_values=self._prompt.top_values[targets, :k].copy(),
-        )
+
+def _some(logprobs: Logprobs, tokens: slice, k: int | None) -> Logprobs:
+    """Of some tokens, and the k likeliest beside each; copied, so that no launch's are kept."""
+    return Logprobs(
+        values=logprobs.values[tokens].copy(),
+        top_ids=logprobs.top_ids[tokens, :k].copy(),
+        top_values=logprobs.top_values[tokens, :k].copy(),
+    )
 
 
 def joined(parts: list[Logprobs], k: int | None) -> Logprobs | None:

@@ -72,7 +72,7 @@ class _Launched(NamedTuple):
 
     sequences: list[Sequence | None]  # None: what it gives is not wanted any more
     num_planned: list[int]  # tokens of each
-    target_counts: list[int]  # prompt tokens of each whose log-probabilities it gives
+    target_counts: list[int]  # prompt tokens of each that it gives log-probabilities of, if any
 
 
 class Scheduler:
@@ -209,7 +209,9 @@ class Scheduler:
     def update(self, result: BatchResult) -> list[Output]:
         """Take in the oldest launch's tokens; returns what has finished, failed or moved on."""
         sequences, num_planned, target_counts = self._launched.popleft()
-        logprobs = ResultLogprobs(result, target_counts)
+        logprobs = None
+        if result.logprobs is not None or result.prompt_logprobs is not None:
+            logprobs = ResultLogprobs(result, target_counts)
         outputs: list[Output] = []
         for i, sequence in enumerate(sequences):
             if sequence is None or sequence.status is SequenceStatus.FINISHED:
@@ -218,14 +220,11 @@ class Scheduler:
             if result.is_nan[i]:
                 outputs.append(self._fail(sequence, int(result.num_tokens[i]) - 1))
                 continue
-            if (prompt := logprobs.of_prompt(i, sequence.num_prompt_logprobs)) is not None:
-                sequence.prompt_logprobs.append(prompt)
             token_ids = result.token_ids[i, : result.num_tokens[i]]
+            if logprobs is not None:
+                logprobs.give_to(sequence, i, len(token_ids))
             if not len(token_ids):
                 continue
-            own = logprobs.of_tokens(i, len(token_ids), sequence.num_logprobs)
-            if own is not None:
-                sequence.logprobs.append(own)
             output = self._take_tokens(sequence, token_ids, is_stopped=bool(result.is_stopped[i]))
             if output is not None:
                 outputs.append(output)
@@ -460,9 +459,8 @@ class Scheduler:
 
     def _launch(self, sequences: Seq[Sequence | None], num_steps: int) -> None:
         """Count on tokens of a decode launch."""
-        count = len(sequences)
         planned = [0 if sequence is None else num_steps for sequence in sequences]
-        self._launched.append(_Launched([*sequences], planned, [0] * count))
+        self._launched.append(_Launched([*sequences], planned, []))
         for sequence, num_planned in zip(sequences, planned, strict=True):
             if sequence is not None:
                 sequence.num_in_flight_tokens += num_planned

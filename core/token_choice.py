@@ -18,6 +18,9 @@ from nanovllm_cli.core.slot_table import SlotTable
 from nanovllm_cli.kernels.logprobs import likeliest
 from nanovllm_cli.kernels.token_mask import mask_tokens
 
+# Logits, perhaps changed in place, and slots -> the next tokens; and whether a row was not finite.
+Draw = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 # Prompt tokens whose logits are there at a time: 156 MB at 151,936 tokens in bfloat16; on a CPU,
 # where the reference makes several fp32 copies, 39 MB each.
 _ROWS_AT_A_TIME = {"cpu": 64, "cuda": 512}
@@ -83,12 +86,27 @@ class TokenChoice:
                 self._adjustments = AdjustmentTable(self._table, self._vocab_size)
             self._adjustments.admit(asking)
 
+    def kernels(self, dtype: torch.dtype, draw: Draw) -> list[Callable[[], object]]:
+        """Calls that run what takes longest to compile, over zeros and on the idle slot."""
+        device = self._table.length.device
+        row = torch.zeros(1, dtype=torch.int32, device=device)
+        words = torch.zeros(1, -(-self._vocab_size // 32), dtype=torch.int32, device=device)
+
+        def logits(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(1, self._vocab_size, dtype=dtype, device=device)
+
+        return [
+            lambda: draw(logits(torch.float32), row + self._table.idle_slot),
+            lambda: likeliest(logits(dtype), row, 1),
+            lambda: mask_tokens(logits(dtype), row, words),
+        ]
+
     def choose(
         self,
         logits: Tensor,
         slots: Tensor,
         needs: DeviceNeeds,
-        draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        draw: Draw,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What `draw` gives for logits, adjusted, and slots; and packed log-probabilities.
 

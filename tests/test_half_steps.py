@@ -45,6 +45,7 @@ def make(device: str) -> Runner:
         block_size=BLOCK_SIZE,
         max_model_len=BLOCKS_PER_SLOT * BLOCK_SIZE,
         max_num_seqs=5,
+        max_window_steps=9,
         kv_cache_bytes=1 << 24,
         num_threads=1,
     )

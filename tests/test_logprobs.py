@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import Qwen3ForCausalLM
 
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.engine import Engine
+from nanovllm_cli.core.engine_process import EngineProcess
 from nanovllm_cli.core.request import Completion, Failure, Logprobs, NewTokens, Request
 from nanovllm_cli.core.sampling_params import SamplingParams
 from nanovllm_cli.kernels.logprobs import likeliest_reference
@@ -170,6 +172,20 @@ def test_what_is_reported_on_the_way_is_what_comes_at_the_end() -> None:
     assert num_prompts == 1, "they come with the first tokens"
     assert values == completion.logprobs.values[: len(values)].tolist()
     assert len(values) > 10
+
+
+def test_they_come_out_of_a_process_of_its_own_as_they_are(make_checkpoint: MakeCheckpoint) -> None:
+    path, requests = make_checkpoint(vocab_size=VOCAB_SIZE, std=0.3), asking_requests(12)
+    config = EngineConfig(block_size=16, num_threads=1)
+    expected = answers(Engine.from_checkpoint(path, config), requests)
+    ended: dict[int, Completion] = {}
+    with closing(EngineProcess(path, config)) as engine:
+        for request in requests:
+            assert engine.add(request) is None
+        while engine.has_work:
+            ended |= {o.request_id: o for o in engine.step() if isinstance(o, Completion)}
+    assert_equal_completions(ended, expected)
+    assert len(ended) == len(requests)
 
 
 def test_they_are_of_the_models_own_logits() -> None:

@@ -49,6 +49,7 @@ from nanovllm_cli.core.sampler import sample
 from nanovllm_cli.core.sampling_params import SamplingParams
 from nanovllm_cli.core.slot_table import SlotTable
 
+from . import gpu_tests
 from .cli import MODEL
 
 MakeCheckpoint = Callable[..., Path]
@@ -160,6 +161,36 @@ def test_the_tokens_of_preempted_sequences_are_the_same(checkpoint: Path, answer
     assert tokens == expected
     assert engine.num_blocks == alone.num_blocks == 10
     assert engine.stats.num_preemptions == alone.stats.num_preemptions > 0
+
+
+def test_what_rows_ask_beyond_a_token_is_the_same_for_two_ranks(checkpoint: Path) -> None:
+    ways: list[dict[str, Any]] = [
+        {"logprobs": 3, "prompt_logprobs": 2},
+        {"repetition_penalty": 1.4, "frequency_penalty": 0.5, "logprobs": 0},
+        {"logit_bias": ((4, 50.0), (160, -3.0)), "bad_words": ((4, 4), (9,))},
+        {"thinking_budget": 2, "end_think_token_id": 161, "temperature": 0.0},
+        {},
+    ]
+    asked = [
+        ask(i, range(i, i + 4 * i + 1), **{"max_tokens": 9, **ways[i % len(ways)]})
+        for i in range(10)
+    ]
+    completions: list[dict[int, Completion]] = []
+    for size in (1, 2):
+        engine = Engine.load(checkpoint, config(size, max_num_batched_tokens=29))
+        try:
+            completions.append(gpu_tests.answers(engine, asked))
+        finally:
+            engine.close()
+    alone, shared = completions
+    assert gpu_tests.differing(shared, alone) == []
+    for key, completion in alone.items():
+        for name in ("logprobs", "prompt_logprobs"):
+            expected, actual = getattr(completion, name), getattr(shared[key], name)
+            assert (expected is None) == (actual is None)
+            if expected is not None:
+                assert np.array_equal(actual.top_ids, expected.top_ids)
+                assert np.abs(actual.values - expected.values).max(initial=0) < 1e-4
 
 
 def test_tied_weights_are_shared_out_too(make_checkpoint: MakeCheckpoint, answer: Answer) -> None:
