@@ -2,7 +2,6 @@
 
 import sys
 from collections import Counter
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -10,16 +9,16 @@ from rich.table import Table
 from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.machine_rates import cpu_matmul_rate
 from nanovllm_cli.core.resolved_config import resolve
-from nanovllm_cli.core.sampling_params import SamplingParams
 
 from .exit_code import ExitCode
-from .feeder import TokenizedPrompt, to_prompts, tokenize
+from .feeder import to_prompts, tokenize
 from .first_rows import try_first_rows
 from .inputs import find_inputs
 from .models import default_sampling, resolve_model
 from .options import GenerateOptions
 from .pipeline import load_tokenizer
-from .prompts import Prompt
+from .refusal import Refused
+from .row_plan import RowPlan, RowPlanner
 from .rows import BadRow, check_inputs, read_rows
 
 
@@ -31,8 +30,8 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     path = resolve_model(options.model, options.revision, offline=options.offline)
     model = ModelConfig.from_directory(path)
     engine = resolve(options.engine, model)
-    defaults = default_sampling(path) | options.sampling
     tokenizer = load_tokenizer(options, path)
+    planner = RowPlanner(options, default_sampling(path) | options.sampling, tokenizer)
 
     errors: Counter[str] = Counter()
     num_rows = num_prompt_tokens = num_completion_tokens = longest_prompt = longest = 0
@@ -41,16 +40,18 @@ def dry_run(options: GenerateOptions) -> ExitCode:
             if isinstance(fed, BadRow):
                 errors[fed.code] += 1
                 continue
-            if code := _refusal(fed, defaults, engine.max_model_len, model.vocab_size):
-                errors[code] += 1
+            try:
+                plan = planner.plan(fed.prompt, fed.token_ids)
+                _check(plan, engine.max_model_len, model.vocab_size)
+            except Refused as refused:
+                errors[refused.code] += 1
                 continue
-            length = len(fed.token_ids)
+            length = len(plan.token_ids)
             num_rows += 1
             num_prompt_tokens += length
-            most = _max_tokens(
-                fed.prompt, defaults.get("max_tokens"), engine.max_model_len - length
-            )
-            num_completion_tokens += most * (fed.prompt.n or options.n)
+            room = engine.max_model_len - length
+            most = min(plan.requests[0].sampling.max_tokens or room, room)
+            num_completion_tokens += most * len(plan.requests)
             longest_prompt = max(longest_prompt, length)
             longest = max(longest, length + most)
 
@@ -76,21 +77,13 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     return ExitCode.SOME_ROWS_FAILED if errors and not options.allow_errors else ExitCode.OK
 
 
-def _refusal(
-    fed: TokenizedPrompt, defaults: dict[str, Any], max_model_len: int, vocab_size: int
-) -> str | None:
-    """The code with which the job would fail the row."""
-    if len(fed.token_ids) >= max_model_len:
-        return "prompt_too_long"
-    if max(fed.token_ids, default=vocab_size) >= vocab_size:
-        return "bad_token_ids"
-    try:
-        sampling = SamplingParams(**{**defaults, **fed.prompt.sampling})
-    except ValueError:
-        return "bad_parameters"
-    return "bad_parameters" if max(sampling.stop_token_ids, default=0) >= vocab_size else None
-
-
-def _max_tokens(prompt: Prompt, default: int | None, room: int) -> int:
-    most = prompt.sampling.get("max_tokens", default)
-    return room if most is None else min(most, room)
+def _check(plan: RowPlan, max_model_len: int, vocab_size: int) -> None:
+    """Raise Refused for what the engine would refuse."""
+    if len(plan.token_ids) >= max_model_len:
+        raise Refused("prompt_too_long", f"{len(plan.token_ids)} tokens")
+    if max(plan.token_ids, default=vocab_size) >= vocab_size:
+        raise Refused("bad_token_ids", "a token id that the vocabulary has not")
+    sampling = plan.requests[0].sampling
+    named = [*sampling.stop_token_ids, *(token_id for token_id, _ in sampling.logit_bias)]
+    if max(named, default=0) >= vocab_size:
+        raise Refused("bad_parameters", "a token id that the vocabulary has not")

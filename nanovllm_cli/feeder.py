@@ -65,7 +65,8 @@ def tokenize(chunk: list[Prompt | BadRow], tokenizer: PromptTokenizer) -> list[F
 
 def bad_row(prompt: Prompt, code: str, message: str) -> BadRow:
     """The row of `prompt`, failed."""
-    return prompt.row.failed(prompt.id, code, message)
+    is_openai_line = prompt.endpoint is not None
+    return prompt.row.failed(prompt.id, code, message, is_openai_line=is_openai_line)
 
 
 class Feeder:

@@ -114,7 +114,7 @@ class FileOutput:
 
     def write_error(self, row: BadRow) -> None:
         """Take a failed row."""
-        line = error_line(row)
+        line = error_line(row, format=self._options.format)
         self.journal.append(row.index, self._keys.pop(row.index), Kind.FAILED, line)
         if self._errors_path is None:
             with suppress(OSError):

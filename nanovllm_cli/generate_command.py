@@ -8,7 +8,7 @@ import typer
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.errors import UserError
 
-from . import flags
+from . import flags, sampling_flags
 from .exit_code import ExitCode
 from .lock import output_locks
 from .log import Log
@@ -20,7 +20,7 @@ from .shard import Shard
 from .signals import Signals
 from .structured_output import grammar_of_flags
 
-_OUTPUT, _PROMPTS, _SAMPLING = "Output", "Prompts", "Sampling (a row's own fields come first)"
+_OUTPUT, _PROMPTS, _SAMPLING = "Output", "Prompts", sampling_flags.SAMPLING
 
 
 def generate_command(
@@ -74,6 +74,14 @@ def generate_command(
         None, "--thinking/--no-thinking", panel=_PROMPTS,
         help="Whether the model thinks before it answers; default: the template's.",
     ),
+    thinking_budget: int | None = option(
+        None, "--thinking-budget", panel=_PROMPTS, metavar="TOKENS",
+        help="End a thought that is so long, and let the answer begin.",
+    ),
+    truncate_prompt_tokens: int | None = option(
+        None, "--truncate-prompt-tokens", panel=_PROMPTS, metavar="TOKENS",
+        help="Keep the last so many tokens of a longer prompt.",
+    ),
     prompt_column: str = option(
         "prompt", "--prompt-column", panel=_PROMPTS, metavar="NAME", help="Where prompts are."
     ),
@@ -109,25 +117,24 @@ def generate_command(
     stop: list[str] = option(
         [], "--stop", panel=_SAMPLING, metavar="TEXT", help="End before this text; repeatable."
     ),
+    repetition_penalty: sampling_flags.RepetitionPenalty = None,
+    presence_penalty: sampling_flags.PresencePenalty = None,
+    frequency_penalty: sampling_flags.FrequencyPenalty = None,
+    logit_bias: sampling_flags.LogitBias = None,
+    bad_words: list[str] = option(
+        [], "--bad-word", panel=_SAMPLING, metavar="TEXT", help="Never write this; repeatable."
+    ),
     ignore_eos: bool = option(
         False, "--ignore-eos", panel=_SAMPLING, help="Generate on after the end of the text."
     ),
-    json_schema: str | None = option(
-        None, "--json-schema", panel=_SAMPLING, metavar="FILE",
-        help="Completions are JSON of this schema.",
-    ),
-    regex: str | None = option(
-        None, "--regex", panel=_SAMPLING, metavar="TEXT",
-        help="Completions match this regular expression, from their beginning to their end.",
-    ),
-    choice: str | None = option(
-        None, "--choice", panel=_SAMPLING, metavar="A,B,...", help="Completions are one of these."
-    ),
-    grammar: str | None = option(
-        None, "--grammar", panel=_SAMPLING, metavar="FILE",
-        help="Completions are of this grammar, in Lark's notation or GBNF.",
-    ),
+    json_schema: sampling_flags.JsonSchema = None,
+    regex: sampling_flags.Regex = None,
+    choice: sampling_flags.Choice = None,
+    grammar: sampling_flags.Grammar = None,
     n: int = option(1, "--n", panel=_SAMPLING, help="Completions for each row."),
+    best_of: sampling_flags.BestOf = None,
+    logprobs: sampling_flags.Logprobs = None,
+    prompt_logprobs: sampling_flags.PromptLogprobs = None,
     seed: int = option(0, "--seed", panel=_SAMPLING, help="Two runs with one seed are the same."),
     model: flags.Model = GenerateOptions.model,
     revision: str | None = option(
@@ -229,6 +236,14 @@ def generate_command(
             "max_tokens": max_tokens,
             "min_tokens": min_tokens,
             "ignore_eos": ignore_eos or None,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+            "logit_bias": None
+            if logit_bias is None
+            else sampling_flags.parse_logit_bias(logit_bias),
+            "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs,
             "grammar": grammar_of_flags(
                 json_schema=json_schema, regex=regex, choice=choice, grammar=grammar
             ),
@@ -272,7 +287,11 @@ def generate_command(
             ),
             sampling=sampling,
             n=n,
+            best_of=best_of,
             stop=tuple(stop),
+            bad_words=tuple(bad_words),
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            thinking_budget=thinking_budget,
             seed=seed,
             parse_special=parse_special,
             unordered=unordered,

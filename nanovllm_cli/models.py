@@ -68,7 +68,7 @@ def default_sampling(path: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except ValueError as error:
         raise ModelError(f"{file} is not JSON: {error}") from None
-    fields = ("temperature", "top_k", "top_p", "min_p")
+    fields = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = {name: content[name] for name in fields if content.get(name) is not None}
     if content.get("do_sample") is False:
         sampling["temperature"] = 0.0

@@ -7,6 +7,8 @@ https://platform.openai.com/docs/guides/batch.
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from nanovllm_cli.core.sampling_params import MAX_LOGPROBS
+
 from .prompt_content import Content, from_messages, from_text, from_token_ids
 from .refusal import Refused, checked_text, shown
 from .row_settings import SETTINGS, RowSettings, complaint_about, parse_settings, settings_among
@@ -17,10 +19,17 @@ _ENDPOINTS: dict[str, Endpoint] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
 }
-_WITHOUT_EFFECT = frozenset({"stream", "user", "metadata", "store"})
-_BODY_FIELDS = frozenset(
-    {"model", "messages", "prompt", "max_completion_tokens", *_WITHOUT_EFFECT, *SETTINGS}
+# They change where a request runs and who is told of it, not what comes out.
+_WITHOUT_EFFECT = (
+    *("stream", "user", "metadata", "store", "service_tier", "safety_identifier", "prediction"),
+    *("prompt_cache_key", "prompt_cache_retention"),
 )
+_OF_BOTH = ("model", "messages", "prompt", "max_completion_tokens", *_WITHOUT_EFFECT, *SETTINGS)
+_SPELLED_BY_CHATS = frozenset({"logprobs", "top_logprobs", "reasoning_effort", "modalities"})
+_BODY_FIELDS: dict[Endpoint, frozenset[str]] = {
+    "chat": frozenset({*_OF_BOTH, *_SPELLED_BY_CHATS}),
+    "completions": frozenset({*_OF_BOTH, "echo"}),
+}
 
 
 class OpenAIRequest(NamedTuple):
@@ -46,7 +55,15 @@ def parse_openai_line(columns: Mapping[str, Any], system: str | None) -> OpenAIR
     if model is not None:
         checked_text("body.model", model, "bad_openai_line")
     content = _take_content(endpoint, body, system)
-    return OpenAIRequest(endpoint, model, content, parse_settings(body, "body."))
+    if endpoint == "chat" and not _SPELLED_BY_CHATS.isdisjoint(body):
+        _translate_chat_fields(body)
+    echo = body.pop("echo", False)
+    if not isinstance(echo, bool):
+        raise Refused("bad_parameters", f"body.echo is {shown(echo)}; it must be true or false")
+    settings = parse_settings(body, "body.")
+    return OpenAIRequest(
+        endpoint, model, content, settings._replace(echo=True) if echo else settings
+    )
 
 
 def _endpoint_and_body(columns: Mapping[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
@@ -57,6 +74,7 @@ def _endpoint_and_body(columns: Mapping[str, Any]) -> tuple[Endpoint, dict[str, 
         raise Refused(code, f"method is {shown(method)}; it must be POST")
     if not isinstance(url, str) or url not in _ENDPOINTS:
         raise Refused(code, f"url is {shown(url)}; it must be one of {', '.join(_ENDPOINTS)}")
+    endpoint = _ENDPOINTS[url]
     if not isinstance(body, dict):
         raise Refused(code, f"body is {shown(body)}; it must be an object")
     for name, _ in settings_among(tuple(columns)):
@@ -64,7 +82,7 @@ def _endpoint_and_body(columns: Mapping[str, Any]) -> tuple[Endpoint, dict[str, 
             raise Refused(code, f"{shown(name)} must stand in the body")
     body = {name: value for name, value in body.items() if value is not None}
     for name in body:
-        if name not in _BODY_FIELDS:
+        if name not in _BODY_FIELDS[endpoint]:
             reason = complaint_about(name) or f"{shown(name)} is not supported"
             raise Refused("unknown_setting", f"in the body, {reason}")
     stream = body.get("stream", False)
@@ -74,9 +92,37 @@ def _endpoint_and_body(columns: Mapping[str, Any]) -> tuple[Endpoint, dict[str, 
         limit = body.pop("max_completion_tokens")
         if body.setdefault("max_tokens", limit) != limit:
             raise Refused("bad_parameters", "body.max_tokens and max_completion_tokens differ")
+    seed = body.get("seed")
+    if type(seed) is int and -(2**63) <= seed < 0:  # OpenAI's are signed
+        body["seed"] = seed + 2**64
     for name in _WITHOUT_EFFECT:
         body.pop(name, None)
-    return _ENDPOINTS[url], body
+    return endpoint, body
+
+
+def _translate_chat_fields(body: dict[str, Any]) -> None:
+    """What chats spell in a way of their own becomes settings of ours."""
+    code = "bad_parameters"
+    modalities, effort = body.pop("modalities", ["text"]), body.pop("reasoning_effort", None)
+    if modalities != ["text"]:
+        raise Refused(code, f"body.modalities is {shown(modalities)}; only ['text'] is supported")
+    if effort is not None:
+        without_thought = {"enable_thinking": False}
+        if effort != "none":
+            reason = "only 'none' is supported; thinking_budget limits a thought"
+            raise Refused(code, f"body.reasoning_effort is {shown(effort)}; {reason}")
+        if body.setdefault("chat_template_kwargs", without_thought) != without_thought:
+            raise Refused(code, "body.reasoning_effort and chat_template_kwargs differ")
+    logprobs, top = body.pop("logprobs", False), body.pop("top_logprobs", None)
+    if not isinstance(logprobs, bool):
+        raise Refused(code, f"body.logprobs is {shown(logprobs)}; it must be true or false")
+    if top is not None and not (type(top) is int and 0 <= top <= MAX_LOGPROBS):
+        limit = f"an integer from 0 to {MAX_LOGPROBS}"
+        raise Refused(code, f"body.top_logprobs is {shown(top)}; it must be {limit}")
+    if top and not logprobs:
+        raise Refused(code, f"body.top_logprobs is {top}, without body.logprobs")
+    if logprobs:
+        body["logprobs"] = top or 0
 
 
 def _take_content(endpoint: Endpoint, body: dict[str, Any], system: str | None) -> Content:
@@ -88,6 +134,11 @@ def _take_content(endpoint: Endpoint, body: dict[str, Any], system: str | None) 
         raise Refused("bad_openai_line", f"the body of this url has {names}")
     if endpoint == "chat":
         return from_messages(messages, "body.messages", system)
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        if len(prompt) > 1:
+            message = f"body.prompt is {shown(prompt)}; several prompts need a line each"
+            raise Refused("bad_prompt", message)
+        (prompt,) = prompt
     if isinstance(prompt, list):
         return from_token_ids(prompt, "body.prompt")
     return from_text(prompt, "body.prompt")

@@ -5,11 +5,11 @@ from typing import Any
 
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.errors import UserError
-from nanovllm_cli.core.sampling_params import SamplingParams
+from nanovllm_cli.core.sampling_params import MAX_BAD_WORDS, SamplingParams
 
 from .log import FORMATS
 from .prompt_options import PromptOptions
-from .row_settings import MAX_SAMPLES
+from .setting_values import MAX_SAMPLES, is_bad_words
 from .shard import Shard
 
 DEFAULT_MODEL = "Qwen3-0.6B"
@@ -32,7 +32,11 @@ class GenerateOptions:
     prompt: PromptOptions = field(default_factory=PromptOptions)
     sampling: dict[str, Any] = field(default_factory=dict)  # over the model's defaults
     n: int = 1
+    best_of: int | None = None  # samples of which n are kept; None: n
     stop: tuple[str, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    truncate_prompt_tokens: int | None = None  # to the last so many; None: all
+    thinking_budget: int | None = None  # tokens; of rows that think
     seed: int = 0
     parse_special: bool = False
     unordered: bool = False
@@ -56,6 +60,30 @@ class GenerateOptions:
         for name, value, is_good, limit in (
             ("format", self.format, self.format in ("auto", "openai"), "auto or openai"),
             ("n", self.n, 1 <= self.n <= MAX_SAMPLES, f"1 to {MAX_SAMPLES}"),
+            (
+                "best-of",
+                self.best_of,
+                self.best_of is None or self.n <= self.best_of <= MAX_SAMPLES,
+                f"{self.n} (--n) to {MAX_SAMPLES}",
+            ),
+            (
+                "bad-word",
+                self.bad_words,
+                is_bad_words([*self.bad_words]),
+                f"at most {MAX_BAD_WORDS} texts, none of them blank",
+            ),
+            (
+                "truncate-prompt-tokens",
+                self.truncate_prompt_tokens,
+                self.truncate_prompt_tokens is None or self.truncate_prompt_tokens >= 1,
+                "at least 1",
+            ),
+            (
+                "thinking-budget",
+                self.thinking_budget,
+                self.thinking_budget is None or self.thinking_budget >= 0,
+                "at least 0",
+            ),
             ("stop", "''", all(self.stop), "a text that is not empty"),
             ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
             ("limit", self.limit, self.limit is None or self.limit >= 1, "at least 1"),

@@ -45,6 +45,7 @@ class StreamOutput:
             self._poll.register(sys.stdout, 0)
         self._shard = options.shard
         self._private = options.private
+        self._format = options.format
         self._rows = StreamWriter(sys.stdout.buffer, is_ordered=not options.unordered)
         self._stderr = StreamWriter(sys.stderr.buffer, is_ordered=False)
         self._errors_path = OutputPaths.of(options.output, options.errors).errors
@@ -85,10 +86,11 @@ class StreamOutput:
     def write_error(self, row: BadRow) -> None:
         """Take a failed row."""
         self._rows.write(row.index // self._shard.count, None)
+        line = error_line(row, format=self._format)
         if self._errors_path is None:
-            self._stderr.write(row.index, error_line(row))
+            self._stderr.write(row.index, line)
         else:
-            self._errors.append(row.index, 0, Kind.FAILED, error_line(row))
+            self._errors.append(row.index, 0, Kind.FAILED, line)
 
     def flush(self) -> None:
         """Every row was written as it came; raises BrokenPipeError where nobody will read more."""

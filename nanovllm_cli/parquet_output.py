@@ -14,16 +14,30 @@ from .results import RESULT_COLUMNS
 
 _ROWS_AT_ONCE = 1024
 _MAX_DEPTH = 32  # levels of a value; a list makes two of the 100 that readers of Parquet take
-_SAMPLE = pa.struct(
-    {"completion": pa.string(), "reasoning": pa.string(), "finish_reason": pa.string()}
-)
-_RESULT_TYPES = {
+_SCORED_TOKEN = {
+    "token": pa.string(),
+    "token_id": pa.int32(),
+    "logprob": pa.float32(),
+    "bytes": pa.list_(pa.uint8()),  # of a part of a character
+}
+_LOGPROBS = pa.list_(pa.struct({**_SCORED_TOKEN, "top": pa.list_(pa.struct(_SCORED_TOKEN))}))
+_FUNCTION = pa.struct({"name": pa.string(), "arguments": pa.string()})
+_SAMPLE_TYPES = {
     "completion": pa.string(),
     "reasoning": pa.string(),
+    "tool_calls": pa.list_(
+        pa.struct({"id": pa.string(), "type": pa.string(), "function": _FUNCTION})
+    ),
     "finish_reason": pa.string(),
-    "completions": pa.list_(_SAMPLE),
+    "logprobs": _LOGPROBS,
+}
+_RESULT_TYPES = {
+    **_SAMPLE_TYPES,
+    "completions": pa.list_(pa.struct(_SAMPLE_TYPES)),
+    "prompt_logprobs": _LOGPROBS,
     "usage": pa.struct({"prompt_tokens": pa.int64(), "completion_tokens": pa.int64()}),
 }
+_MAX_FIELDS = 500  # of a struct; what has more is written as JSON text
 Lines = Callable[[], Iterator[tuple[int, bytes]]]  # (row number, line), the same each time
 
 
@@ -107,7 +121,8 @@ def _schema(lines: Lines, inputs: pa.Schema | None) -> pa.Schema | None:
                 types.setdefault(name, _RESULT_TYPES[name])
             elif inputs is None:
                 found = _type_of([row.get(name) for row in rows])
-                types[name] = _unify(types[name], found) if name in types else found
+                found = _unify(types[name], found) if name in types else found
+                types[name] = pa.string() if _is_wide(found) else found
     if inputs is None:
         types = {n: pa.string() if _cannot_be_kept(t) else t for n, t in types.items()}
     results = [name for name in RESULT_COLUMNS if name in types]
@@ -135,6 +150,12 @@ def _is_empty(kind: pa.DataType) -> bool:
     """Whether it holds a struct without fields, which Parquet has not."""
     children = [kind.field(at).type for at in range(kind.num_fields)]
     return (pa.types.is_struct(kind) and not children) or any(map(_is_empty, children))
+
+
+def _is_wide(kind: pa.DataType) -> bool:
+    """Whether it holds a struct that has names for data, as OpenAI's `top_logprobs` has tokens."""
+    children = [kind.field(at).type for at in range(kind.num_fields)]
+    return len(children) > _MAX_FIELDS or any(map(_is_wide, children))
 
 
 def _unify(a: pa.DataType, b: pa.DataType) -> pa.DataType:

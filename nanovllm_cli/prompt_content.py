@@ -3,12 +3,14 @@
 from typing import Any, NamedTuple
 
 from .refusal import Refused, checked_text, shown
+from .tool_calls import check_calls
 
 Messages = list[dict[str, Any]]
 
 _ROLES = ("system", "user", "assistant", "tool")
-_MESSAGE_TEXTS = ("reasoning_content", "name", "tool_call_id")
-_MESSAGE_FIELDS = frozenset({"role", "content", "tool_calls", *_MESSAGE_TEXTS})
+_SAME_ROLES = {"developer": "system"}  # OpenAI's name for it, since its o1
+_MESSAGE_TEXTS = ("reasoning_content", "name", "tool_call_id", "refusal")
+_MESSAGE_FIELDS = frozenset({"role", "content", "tool_calls", "annotations", *_MESSAGE_TEXTS})
 
 
 class Content(NamedTuple):
@@ -65,23 +67,26 @@ def _checked_message(value: Any, place: str) -> dict[str, Any]:
     for name in message:
         if name not in _MESSAGE_FIELDS:
             raise Refused("bad_messages", f"{place} has the unknown field {shown(name)}")
-    role = message.get("role")
+    role = message["role"] = _SAME_ROLES.get(str(message.get("role")), message.get("role"))
     if role not in _ROLES:
-        reason = f"{place}.role is {shown(role)}; it must be one of {', '.join(_ROLES)}"
+        known = ", ".join([*_ROLES, *_SAME_ROLES])
+        reason = f"{place}.role is {shown(role)}; it must be one of {known}"
         raise Refused("bad_messages", reason)
     calls = message.get("tool_calls", [])
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise Refused("bad_messages", f"{place}.tool_calls is not a list of objects")
+    check_calls(calls, f"{place}.tool_calls")
     for name in _MESSAGE_TEXTS:
         if name in message:
             checked_text(f"{place}.{name}", message[name], "bad_messages")
-    content = message.get("content", "" if calls and role == "assistant" else None)
+    message.pop("annotations", None)  # of a response that is sent back: nothing that was said
+    refusal = message.pop("refusal", "" if calls and role == "assistant" else None)
+    content = message.get("content", refusal)
     if isinstance(content, list):
         content = "".join(_text_part(part, f"{place}.content") for part in content)
     return {**message, "content": checked_text(f"{place}.content", content, "bad_messages")}
 
 
 def _text_part(part: Any, place: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "refusal"):
         raise Refused("bad_messages", f"{place} has the part {shown(part)}; only text is known")
-    return checked_text(f"{place}[].text", part.get("text"), "bad_messages")
+    return checked_text(f"{place}[].{kind}", part.get(kind), "bad_messages")

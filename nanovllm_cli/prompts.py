@@ -14,7 +14,7 @@ from .openai_line import Endpoint, is_openai_line, parse_openai_line
 from .prompt_content import Content, Messages, from_messages, from_text, from_token_ids
 from .prompt_options import PromptOptions
 from .refusal import Refused, checked_text, shown
-from .row_settings import settings_of
+from .row_settings import RowSettings, settings_of
 from .rows import BadRow, Row
 
 
@@ -27,12 +27,23 @@ class Prompt:
     text: str | None
     messages: Messages | None
     token_ids: list[int] | None
-    sampling: Mapping[str, Any]  # the row's own fields of SamplingParams, checked
-    n: int | None
-    stop: tuple[str, ...]  # () where the row says nothing
+    settings: RowSettings  # the row's own
     enable_thinking: bool | None
     endpoint: Endpoint | None  # of an OpenAI batch line
     model: str | None  # what an OpenAI batch line asks for
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """The row's own fields of SamplingParams; the next two are its own, too."""
+        return self.settings.sampling
+
+    @property
+    def n(self) -> int | None:
+        return self.settings.n
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return self.settings.stop
 
     @property
     def index(self) -> int:
@@ -57,8 +68,9 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
     row_id: str | int | None = None
     endpoint: Endpoint | None = None
     model: str | None = None
+    is_openai = is_openai_line(columns)
     try:
-        if is_openai_line(columns):
+        if is_openai:
             row_id = checked_text("custom_id", columns["custom_id"], "bad_openai_line")
             endpoint, model, content, settings = parse_openai_line(columns, options.system)
         else:
@@ -66,22 +78,20 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
             settings = settings_of(columns, options.named_columns)
             content = _content_of(columns, options)
         text, messages, token_ids = content
-        sampling, n, stop, enable_thinking = settings
-        if messages is None and enable_thinking is not None:
-            raise Refused("bad_parameters", "chat_template_kwargs needs messages, not a prompt")
+        enable_thinking = settings.enable_thinking
+        if messages is None and settings.for_chats is not None:
+            raise Refused("bad_parameters", f"{settings.for_chats} needs messages, not a prompt")
         if messages is not None and enable_thinking is None:
             enable_thinking = options.enable_thinking
     except Refused as refused:
-        return row.failed(row_id, refused.code, refused.message)
+        return row.failed(row_id, refused.code, refused.message, is_openai_line=is_openai)
     return Prompt(
         row=row,
         id=row_id,
         text=text,
         messages=messages,
         token_ids=token_ids,
-        sampling=sampling,
-        n=n,
-        stop=stop,
+        settings=settings,
         enable_thinking=enable_thinking,
         endpoint=endpoint,
         model=model,

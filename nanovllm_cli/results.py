@@ -1,4 +1,4 @@
-"""A row and its samples -> the line that is written: our own shape, or OpenAI's batch output.
+"""A row and its samples -> the line that is written: in our own shape, or as openai_result.py says.
 
 Ids come from the row's content and no line holds a time, so that two runs can be byte-identical.
 For the same reason the cached tokens are in the statistics and not in the rows: what was in the
@@ -8,55 +8,77 @@ cache depends on what ran before.
 import base64
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
-import xxhash
-
-from nanovllm_cli.core.request import FinishReason
 
 from .files import as_text
+from .openai_result import openai_error, openai_result
 from .prompts import Prompt
+from .row_key import content_id
 from .rows import BadRow
+from .samples import Sample
+from .scored_tokens import ScoredTokens, as_columns
+from .tool_calls import shaped_calls
 
 Shape = Literal["columns", "openai"]
-RESULT_COLUMNS = ("completion", "completions", "reasoning", "finish_reason", "usage")
+RESULT_COLUMNS = (
+    *("completion", "completions", "reasoning", "tool_calls", "finish_reason", "logprobs"),
+    *("prompt_logprobs", "usage"),
+)
 _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]')  # of JSON
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One completion of a row, as text."""
-
-    text: str
-    reasoning: str | None
-    finish_reason: FinishReason
-    num_tokens: int
-
-
 def result_line(
-    prompt: Prompt, samples: list[Sample], num_prompt_tokens: int, *, shape: Shape, model: str
+    prompt: Prompt,
+    samples: list[Sample],
+    num_prompt_tokens: int,
+    *,
+    shape: Shape,
+    model: str,
+    num_completion_tokens: int | None = None,
+    prompt_logprobs: ScoredTokens | None = None,
 ) -> bytes:
-    """The output row as one line of JSON, without its newline."""
-    num_completion_tokens = sum(sample.num_tokens for sample in samples)
+    """The output row as one line of JSON, without its newline.
+
+    `num_completion_tokens` counts samples that are not shown, too; None: those of `samples`.
+    """
+    if num_completion_tokens is None:
+        num_completion_tokens = sum(sample.num_tokens for sample in samples)
     usage = {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_completion_tokens}
     if shape == "openai":
         usage["total_tokens"] = num_prompt_tokens + num_completion_tokens
-        return orjson.dumps(_openai_result(prompt, samples, usage, model))
-    shown = [
-        {"completion": s.text, "reasoning": s.reasoning, "finish_reason": s.finish_reason}
-        for s in samples
-    ]
-    result = {**(shown[0] if len(shown) == 1 else {"completions": shown}), "usage": usage}
+        return orjson.dumps(openai_result(prompt, samples, usage, model, prompt_logprobs))
+    result: dict[str, Any]
+    if len(samples) == 1:
+        result = _columns(prompt, samples[0], 0)
+    else:
+        shown = [_columns(prompt, sample, at) for at, sample in enumerate(samples)]
+        result = {"completions": shown}
+    if prompt_logprobs is not None:
+        result["prompt_logprobs"] = as_columns(prompt_logprobs)
+    result["usage"] = usage
     return _join(prompt, result)
 
 
-def error_line(row: BadRow) -> bytes:
+def error_line(row: BadRow, *, format: str = "auto") -> bytes:
     """A failed row as one line of JSON for the errors file."""
+    if row.is_openai_line or format == "openai":
+        return orjson.dumps(openai_error(row))
     name = {} if row.id is None else {"id": row.id}
     error = {"code": row.code, "message": row.message}
     return orjson.dumps({**name, "source": as_text(row.source), "line": row.line, "error": error})
+
+
+def _columns(prompt: Prompt, sample: Sample, at: int) -> dict[str, Any]:
+    columns: dict[str, Any] = {"completion": sample.text, "reasoning": sample.reasoning}
+    if sample.tool_calls is not None:
+        key = f"{content_id(prompt.row)} {at}"
+        columns["tool_calls"] = shaped_calls(sample.tool_calls, key) or None
+    columns["finish_reason"] = sample.finish_reason
+    if sample.logprobs is not None:
+        columns["logprobs"] = as_columns(sample.logprobs)
+    return columns
 
 
 def _join(prompt: Prompt, result: dict[str, Any]) -> bytes:
@@ -93,36 +115,3 @@ def _members(content: bytes, *, without: tuple[str, ...]) -> Iterator[bytes]:
 def _to_json(value: object) -> str:
     """What Parquet has and JSON has not; parquet_values.py has taken care of the rest."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
-
-
-def _openai_result(
-    prompt: Prompt, samples: list[Sample], usage: dict[str, int], model: str
-) -> dict[str, Any]:
-    content = prompt.row.raw if prompt.row.raw is not None else repr(prompt.row.columns).encode()
-    key = xxhash.xxh3_128_hexdigest(content)
-    is_chat = prompt.endpoint != "completions"
-    choices: list[dict[str, Any]] = []
-    for index, sample in enumerate(samples):
-        choice: dict[str, Any] = {"index": index, "finish_reason": sample.finish_reason}
-        if is_chat:
-            message = {"role": "assistant", "content": sample.text, "refusal": None}
-            if sample.reasoning is not None:
-                message["reasoning_content"] = sample.reasoning
-            choice["message"] = message
-        else:
-            choice["text"] = sample.text
-        choices.append({**choice, "logprobs": None})
-    body = {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{key}",
-        "object": "chat.completion" if is_chat else "text_completion",
-        "created": 0,
-        "model": prompt.model or model,
-        "choices": choices,
-        "usage": usage,
-    }
-    return {
-        "id": f"batch_req_{key}",
-        "custom_id": prompt.id if prompt.id is not None else str(prompt.index),
-        "response": {"status_code": 200, "request_id": f"req_{key}", "body": body},
-        "error": None,
-    }

@@ -15,13 +15,12 @@ def row_key(row: Row | BadRow) -> int:
 
     What is no row has its error for a content: equal errors give equal lines.
     """
-    if isinstance(row, BadRow):
-        content = repr((row.id, row.code, row.message)).encode(errors="surrogatepass")
-    elif row.raw is None:
-        content = repr(row.columns).encode(errors="surrogatepass")
-    else:
-        content = row.raw
-    return xxhash.xxh3_128_intdigest(content)
+    return xxhash.xxh3_128_intdigest(_content_of(row))
+
+
+def content_id(row: Row | BadRow) -> str:
+    """The same as text: what ids in outputs are made of."""
+    return xxhash.xxh3_128_hexdigest(_content_of(row))
 
 
 def low_half(key: int) -> int:
@@ -49,3 +48,11 @@ def marks_of(keys: Keys) -> list[str]:
         digest.update(keys[start : start + every].tobytes())
         marks.append(digest.hexdigest())
     return marks
+
+
+def _content_of(row: Row | BadRow) -> bytes:
+    if isinstance(row, BadRow):
+        return repr((row.id, row.code, row.message)).encode(errors="surrogatepass")
+    if row.raw is None:
+        return repr(row.columns).encode(errors="surrogatepass")
+    return row.raw

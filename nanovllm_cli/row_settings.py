@@ -10,66 +10,51 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from nanovllm_cli.core.sampling_params import MAX_STOP_TOKEN_IDS, SamplingParams
+from nanovllm_cli.core.sampling_params import MAX_BAD_WORDS, SamplingParams
 
+from . import setting_values as values
 from . import structured_output
 from .refusal import Refused, shown
+from .setting_values import MAX_OWN_STOP_TOKEN_IDS, MAX_SAMPLES, MAX_STOP_STRINGS, MAX_TOKEN_ID
+from .tool_calls import Tools, checked_tools
 
-MAX_SAMPLES = 128
-_MAX_STOP_STRINGS = 16
-_MAX_OWN_STOP_TOKEN_IDS = MAX_STOP_TOKEN_IDS - 2  # Qwen3 has two eos ids
-_NUMBERS = ("temperature", "top_p", "min_p")
-_INTEGERS = ("top_k", "max_tokens", "min_tokens", "seed")
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is float or type(value) is int
-
-
-def _is_integer(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_stop(value: Any) -> bool:
-    texts = [value] if isinstance(value, str) else value
-    is_list = isinstance(texts, list) and 1 <= len(texts) <= _MAX_STOP_STRINGS
-    return is_list and all(isinstance(text, str) and text for text in texts)
-
-
-def _is_stop_token_ids(value: Any) -> bool:
-    is_short = isinstance(value, list) and len(value) <= _MAX_OWN_STOP_TOKEN_IDS
-    return is_short and all(type(item) is int and 0 <= item < 2**31 for item in value)
-
-
-def _is_template_arguments(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        item is None or (name == "enable_thinking" and isinstance(item, bool))
-        for name, item in value.items()
-    )
-
-
+_NUMBERS = (
+    *("temperature", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+_INTEGERS = ("top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs")
 # A setting's JSON type; ranges are SamplingParams' to check.
+_SAMPLES = (values.is_num_samples, f"an integer from 1 to {MAX_SAMPLES}")
 SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(_NUMBERS, (_is_number, "a number")),
-    **dict.fromkeys(_INTEGERS, (_is_integer, "an integer")),
-    "ignore_eos": (lambda value: isinstance(value, bool), "true or false"),
-    "n": (
-        lambda value: _is_integer(value) and 1 <= value <= MAX_SAMPLES,
-        f"an integer from 1 to {MAX_SAMPLES}",
+    **dict.fromkeys(_NUMBERS, (values.is_number, "a number")),
+    **dict.fromkeys(_INTEGERS, (values.is_integer, "an integer")),
+    "ignore_eos": (values.is_bool, "true or false"),
+    "n": _SAMPLES,
+    "best_of": _SAMPLES,
+    "stop": (values.is_stop, f"a string or 1 to {MAX_STOP_STRINGS} strings, none of them empty"),
+    "stop_token_ids": (
+        values.is_stop_token_ids,
+        f"at most {MAX_OWN_STOP_TOKEN_IDS} token ids, 0 to {MAX_TOKEN_ID}",
     ),
-    "stop": (_is_stop, f"a string or 1 to {_MAX_STOP_STRINGS} strings, none of them empty"),
-    "stop_token_ids": (_is_stop_token_ids, f"at most {_MAX_OWN_STOP_TOKEN_IDS} token ids"),
-    "chat_template_kwargs": (_is_template_arguments, '{"enable_thinking": true or false}'),
+    "logit_bias": (values.is_logit_bias, '{"token id": number}'),
+    "bad_words": (values.is_bad_words, f"at most {MAX_BAD_WORDS} strings, none of them blank"),
+    "truncate_prompt_tokens": (values.is_positive, "an integer of at least 1"),
+    "thinking_budget": (values.is_count, "an integer of at least 0"),
+    "chat_template_kwargs": (values.is_template_arguments, '{"enable_thinking": true or false}'),
+    "tools": (values.is_list, "a list of tools"),
+    "tool_choice": (values.is_tool_choice, "'auto' or 'none'; no call can be forced"),
+    "parallel_tool_calls": (values.is_bool, "true or false"),
     **structured_output.SETTINGS,
+}
+_NOT_OF_SAMPLING = {  # no fields of SamplingParams
+    *("n", "best_of", "stop", "bad_words", "truncate_prompt_tokens", "thinking_budget"),
+    *("chat_template_kwargs", "tools", "tool_choice", "parallel_tool_calls"),
 }
 # Settings of vLLM, OpenAI and transformers that are not ours, with ours to use instead.
 _FOREIGN_SETTINGS: dict[str, str | None] = {
     **dict.fromkeys([
-        "best_of", "logprobs", "prompt_logprobs", "top_logprobs", "presence_penalty",
-        "frequency_penalty", "repetition_penalty", "length_penalty", "logit_bias", "bad_words",
-        "allowed_token_ids", "tools", "tool_choice", "parallel_tool_calls",
-        "truncate_prompt_tokens", "echo", "suffix", "num_beams", "use_beam_search", "typical_p",
-        "no_repeat_ngram_size", "thinking_budget", "reasoning_effort", "detokenize", "stream",
+        "length_penalty", "allowed_token_ids", "echo", "suffix", "num_beams",
+        "use_beam_search", "typical_p", "no_repeat_ngram_size", "detokenize", "stream",
         "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
         "stream_options", "chat_template", "add_generation_prompt",
     ]),
@@ -79,13 +64,21 @@ _FOREIGN_SETTINGS: dict[str, str | None] = {
     "stop_sequences": "stop", "stop_token": "stop_token_ids", "stop_token_id": "stop_token_ids",
     "eos_token_id": "stop_token_ids", "n_samples": "n", "num_return_sequences": "n",
     "do_sample": "temperature", "enable_thinking": "chat_template_kwargs",
+    "reasoning_effort": "chat_template_kwargs", "top_logprobs": "logprobs",
+    "max_thinking_tokens": "thinking_budget", "bad_words_ids": "bad_words",
+    "num_logprobs": "logprobs", "functions": "tools", "function_call": "tool_choice",
 }  # fmt: skip
 _MAX_SETTING_CHARS = 32  # longer names are data
 # For misspellings. Short words are left out: `speed` and `steps` are data, not `seed` and `stop`.
 _BARE_NAMES = {
     name.replace("_", ""): name for name in [*_FOREIGN_SETTINGS, *SETTINGS] if "_" in name
 }
-_LONG_BARE_NAMES = {name.replace("_", ""): name for name in SETTINGS if len(name) >= 8}
+# And so is what is near to a name of data: a `logprob` or a `bad_word`.
+_LONG_BARE_NAMES = {
+    name.replace("_", ""): name
+    for name in SETTINGS
+    if len(name) >= 8 and name not in ("logprobs", "bad_words")
+}
 
 
 class RowSettings(NamedTuple):
@@ -95,6 +88,22 @@ class RowSettings(NamedTuple):
     n: int | None = None
     stop: tuple[str, ...] = ()  # () where the row says nothing
     enable_thinking: bool | None = None
+    best_of: int | None = None
+    bad_words: tuple[str, ...] | None = None
+    truncate_prompt_tokens: int | None = None
+    thinking_budget: int | None = None
+    tools: Tools | None = None  # None where none may be called
+    is_one_call_only: bool = False
+    echo: bool = False  # of an OpenAI completion: the prompt before its text
+
+    @property
+    def for_chats(self) -> str | None:
+        """The name of a setting that has no meaning for a raw prompt, if one is set."""
+        if self.enable_thinking is not None:
+            return "chat_template_kwargs"
+        if self.tools is not None:
+            return "tools"
+        return None if self.thinking_budget is None else "thinking_budget"
 
 
 _NO_SETTINGS = RowSettings()
@@ -123,32 +132,52 @@ def parse_settings(fields: Mapping[str, Any], place: str) -> RowSettings:
     """Check `fields`, all of them settings of ours; `place` goes before a name in a message."""
     if not fields:
         return _NO_SETTINGS
-    sampling = dict(fields)
+    sampling: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     for name, value in fields.items():
         is_good, expected = SETTINGS[name]
         if not is_good(value):
             message = f"{place}{name} is {shown(value)}; it must be {expected}"
             raise Refused("bad_parameters", message)
-        if name in _NUMBERS:
-            sampling[name] = float(value)
-    n = sampling.pop("n", None)
-    stop = sampling.pop("stop", ())
-    template_arguments = sampling.pop("chat_template_kwargs", {})
+        if name in _NOT_OF_SAMPLING:
+            own[name] = value
+        else:
+            sampling[name] = float(value) if name in _NUMBERS else value
     sampling |= structured_output.take_grammar(sampling, place)
     if sampling.get("top_k") in (-1, 0):
         sampling["top_k"] = None  # off, as vLLM and transformers spell it
     if "stop_token_ids" in sampling:
         sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+    if "logit_bias" in sampling:
+        sampling["logit_bias"] = logit_bias_of(sampling["logit_bias"])
     try:
         SamplingParams(**sampling)
     except ValueError as error:
         raise Refused("bad_parameters", f"{place}{error}") from None
+    return _row_settings(sampling, own, place) if own else RowSettings(sampling)
+
+
+def _row_settings(sampling: dict[str, Any], own: dict[str, Any], place: str) -> RowSettings:
+    """With those that are not SamplingParams' fields."""
+    stop, bad_words = own.get("stop", ()), own.get("bad_words")
+    tools = checked_tools(own["tools"], f"{place}tools") if "tools" in own else None
     return RowSettings(
         sampling=sampling,
-        n=n,
+        n=own.get("n"),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        enable_thinking=template_arguments.get("enable_thinking"),
+        enable_thinking=own.get("chat_template_kwargs", {}).get("enable_thinking"),
+        best_of=own.get("best_of"),
+        bad_words=None if bad_words is None else tuple(bad_words),
+        truncate_prompt_tokens=own.get("truncate_prompt_tokens"),
+        thinking_budget=own.get("thinking_budget"),
+        tools=tools if tools and own.get("tool_choice") != "none" else None,
+        is_one_call_only=own.get("parallel_tool_calls") is False,
     )
+
+
+def logit_bias_of(value: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """OpenAI's {"token id": bias} as SamplingParams has it, in the order of the ids."""
+    return tuple(sorted((int(token_id), float(bias)) for token_id, bias in value.items()))
 
 
 def complaint_about(name: str) -> str | None:

@@ -36,6 +36,7 @@ class BadRow:
     id: str | int | None
     code: str
     message: str
+    is_openai_line: bool = False
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen, which takes thrice the time, for every row
@@ -48,7 +49,9 @@ class Row:
     raw: bytes | None  # the JSON without its line break; None for Parquet
     columns: dict[str, Any]
 
-    def failed(self, row_id: str | int | None, code: str, message: str) -> BadRow:
+    def failed(
+        self, row_id: str | int | None, code: str, message: str, *, is_openai_line: bool = False
+    ) -> BadRow:
         """The row, which cannot run."""
         return BadRow(
             index=self.index,
@@ -57,6 +60,7 @@ class Row:
             id=row_id,
             code=code,
             message=message,
+            is_openai_line=is_openai_line,
         )
 
 

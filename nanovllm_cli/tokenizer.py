@@ -20,8 +20,11 @@ from transformers import AutoTokenizer
 from nanovllm_cli.core.errors import ModelError
 
 from .prompts import Prompt
+from .token_texts import TokenTexts
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # for internal use, says Unicode
+
+_TEMPLATE_END = 4  # tokens, where some templates open, or close, a thought
 
 
 class TemplateError(ValueError):
@@ -47,12 +50,17 @@ class PromptTokenizer:
             if token["lstrip"] or token["rstrip"] or token["normalized"] or token["single_word"]:
                 raise ModelError(f"{file}: {token['content']!r} takes its neighbours with it")
         self._full = Tokenizer.from_file(str(file))
+        self._full.no_truncation()  # a file may ask for either, and transformers ignores it too
+        self._full.no_padding()
+        self.token_texts = TokenTexts(self._full)
         self._added = {token["content"]: token["id"] for token in added_tokens}
         self._plain = Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
-        self._plain.no_truncation()  # a file may ask for either, and transformers ignores it too
+        self._plain.no_truncation()
         self._plain.no_padding()
         # Whether the template takes an assistant's thought apart from its answer, as Qwen3's does.
-        self._knows_reasoning = "reasoning_content" in str(self._hugging_face.chat_template)
+        template = str(self._hugging_face.chat_template)
+        self._knows_reasoning = "reasoning_content" in template
+        self._knows_tools = "tools" in template
         self._parse_special = parse_special
         longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._control = re.compile("|".join(longest_first) or "(?!)")
@@ -83,9 +91,25 @@ class PromptTokenizer:
             results.append(ids)
         return results
 
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each word: as it begins a text, and as it follows a blank.
+
+        vLLM's two forms; but vLLM leaves out the second where it has another length.
+        """
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            first, spaced = (
+                tuple(self._full.encode(text, add_special_tokens=False).ids)
+                for text in (word.lstrip(), f" {word.lstrip()}")
+            )
+            found.append(first)
+            if spaced[-len(first) :] != first:  # else the blank is a token of its own
+                found.append(spaced)
+        return tuple(found)
+
     def end_think_of(self, prompt_token_ids: Sequence[int]) -> int | None:
         """The token that ends the thought with which a chat's answer begins, if it has one."""
-        if not self._knows_reasoning or self._end_think in prompt_token_ids[-4:]:
+        if not self._knows_reasoning or self._end_think in prompt_token_ids[-_TEMPLATE_END:]:
             return None
         return self._end_think
 
@@ -107,7 +131,7 @@ class PromptTokenizer:
         def text_of(ids: Sequence[int]) -> str:
             return self.decode(ids) if cut is None else cut(self.decode(ids))
 
-        template_end = prompt_token_ids[-4:]  # where some templates open, or close, a thought
+        template_end = prompt_token_ids[-_TEMPLATE_END:]
         if self._end_think is not None and self._end_think in token_ids:
             end = token_ids.index(self._end_think)
             reasoning, answer = token_ids[:end], token_ids[end + 1 :]
@@ -138,13 +162,19 @@ class PromptTokenizer:
         messages = prompt.messages or []
         if self._knows_reasoning:
             messages = [_with_reasoning_apart(message) for message in messages]
-        strings = "\0".join(_strings_in(messages))
+        tools = prompt.settings.tools
+        if tools is not None and not self._knows_tools:
+            raise ValueError("it takes no tools")
+        strings = "\0".join(_strings_in([messages, tools]))
         start, end, *_ = (char for char in _NONCHARACTERS if char not in strings)
-        arguments = {}
+        arguments: dict[str, Any] = {}
         if prompt.enable_thinking is not None:
             arguments["enable_thinking"] = prompt.enable_thinking
+        marks = f"{start}\\g<0>{end}"
+        if tools is not None:
+            arguments["tools"] = _mark(tools, self._control, marks)
         text = self._hugging_face.apply_chat_template(
-            _mark(messages, self._control, f"{start}\\g<0>{end}"),
+            _mark(messages, self._control, marks),
             tokenize=False,
             add_generation_prompt=True,
             **arguments,

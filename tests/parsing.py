@@ -7,6 +7,14 @@ from nanovllm_cli.prompts import Prompt, to_prompt
 from nanovllm_cli.rows import BadRow, Row
 
 USER = {"role": "user", "content": "Hello"}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
 
 
 def parse(columns: dict[str, Any], **options: Any) -> Prompt | BadRow:

@@ -196,6 +196,17 @@ def one_row(tmp_path: Path) -> Path:
         *(("--max-tokens", "0"), ("--max-tokens", "many")),
         *(("--min-tokens", "-1"), ("--min-tokens", "5", "--max-tokens", "4")),
         *(("--n", "0"), ("--n", "129"), ("--seed", "-1"), ("--seed", str(2**64)), ("--stop", "")),
+        *(("--repetition-penalty", value) for value in ("0", "-1", "101", "nan", "x")),
+        *(("--presence-penalty", value) for value in ("-2.1", "2.1", "nan")),
+        *(("--frequency-penalty", value) for value in ("-2.1", "2.1", "nan")),
+        *(("--logit-bias", value) for value in ("5", "[]", "{5: 1}", '{"a": 1}', '{"5": 101}')),
+        *(("--logit-bias", value) for value in ('{"5": NaN}', '{"5": "1"}', '{"5": true}')),
+        *(("--bad-word", ""), ("--bad-word", "  ")),
+        *(("--logprobs", "-1"), ("--logprobs", "21"), ("--logprobs", "x")),
+        *(("--prompt-logprobs", "-1"), ("--prompt-logprobs", "21")),
+        *(("--truncate-prompt-tokens", "0"), ("--truncate-prompt-tokens", "-1")),
+        *(("--thinking-budget", "-1"), ("--thinking-budget", "x")),
+        *(("--best-of", "0"), ("--best-of", "129"), ("--best-of", "2", "--n", "3")),
         *(("--timeout", "0"), ("--timeout", "-1"), ("--timeout", "nan"), ("--timeout", "inf")),
         *(
             ("--log-format", "xml"),
@@ -296,6 +307,9 @@ def test_a_bad_value_in_the_environment_is_2(tmp_path: Path) -> None:
         ("stop = ['a', '']", "--stop is ''; it must be a text that is not empty"),
         ("temperature = ", "is not a TOML file"),
         ("temperature = -1", "temperature is -1"),
+        ("bad-word = ['a', '']", "--bad-word is ('a', '')"),
+        ("logit-bias = 5", "--logit-bias is '5'"),
+        ("logprobs = 21", "logprobs is 21"),
     ],
 )
 def test_a_bad_config_file_is_2(toml: str, message: str, tmp_path: Path) -> None:

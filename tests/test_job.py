@@ -10,15 +10,19 @@ import orjson
 import pytest
 
 from nanovllm_cli.core.config import EngineConfig
-from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output, Request
+from nanovllm_cli.core.errors import UserError
+from nanovllm_cli.core.request import Completion, Failure, Logprobs, NewTokens, Output, Request
 from nanovllm_cli.feeder import TokenizedPrompt
-from nanovllm_cli.job import Job, sample_seed
+from nanovllm_cli.job import Job
 from nanovllm_cli.options import GenerateOptions
 from nanovllm_cli.prompt_options import PromptOptions
 from nanovllm_cli.prompts import Prompt, to_prompt
-from nanovllm_cli.results import Sample, error_line, result_line
+from nanovllm_cli.results import error_line, result_line
+from nanovllm_cli.row_plan import sample_seed
 from nanovllm_cli.rows import BadRow, Row
+from nanovllm_cli.samples import Sample
 from nanovllm_cli.signals import Signals
+from nanovllm_cli.token_texts import TokenText
 from nanovllm_cli.totals import Totals
 
 
@@ -70,8 +74,21 @@ class FakeEngine:
         return [self._outputs.popleft()]
 
 
+class LetterTexts(dict[int, TokenText]):
+    def __missing__(self, token_id: int) -> TokenText:
+        return TokenText(token_id, chr(token_id), chr(token_id).encode(), True)
+
+
 class FakeTokenizer:
-    """A token is a letter."""
+    """A token is a letter; a prompt that ends with 9 thinks, until a !."""
+
+    token_texts = LetterTexts()
+
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(map(ord, word)) for word in words)
+
+    def end_think_of(self, prompt_token_ids: Sequence[int]) -> int | None:
+        return ord("!") if prompt_token_ids[-1] == 9 else None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
@@ -130,10 +147,12 @@ class FakeProgress:
 def run_job(
     raws: Sequence[bytes | BadRow],
     script: Callable[[Request], Sequence[Output]],
+    *,
+    token_ids: Sequence[int] = (1, 2, 3),
     **options: Any,
 ) -> tuple[FakeEngine, FakeOutput, Totals]:
     fed: list[TokenizedPrompt | BadRow] = [
-        TokenizedPrompt(prompt=prompt_of(raw, index), token_ids=[1, 2, 3])
+        TokenizedPrompt(prompt=prompt_of(raw, index), token_ids=[*token_ids])
         if isinstance(raw, bytes)
         else raw
         for index, raw in enumerate(raws)
@@ -156,13 +175,30 @@ def letters(text: str) -> Any:
     return np.array([*map(ord, text)], np.int32)
 
 
-def completed(request: Request, text: str, finish_reason: Any = "length") -> Completion:
+def completed(
+    request: Request, text: str, finish_reason: Any = "length", **logprobs: Logprobs
+) -> Completion:
     return Completion(
         request_id=request.request_id,
         token_ids=letters(text),
         finish_reason=finish_reason,
         num_prompt_tokens=3,
         num_cached_tokens=0,
+        **logprobs,
+    )
+
+
+def reported(request: Request, text: str, **more: Any) -> NewTokens:
+    return NewTokens(request_id=request.request_id, token_ids=letters(text), **more)
+
+
+def logprobs_of(values: Sequence[float], k: int = 0) -> Logprobs:
+    """The n-th likeliest token is the n-th letter of the alphabet, and 1/2 less than the one."""
+    chosen = np.array(values, np.float32)
+    return Logprobs(
+        values=chosen,
+        top_ids=np.tile(np.arange(ord("a"), ord("a") + k, dtype=np.int32), (len(chosen), 1)),
+        top_values=chosen[:, None] - np.arange(1, k + 1, dtype=np.float32) / 2,
     )
 
 
@@ -257,6 +293,218 @@ def test_a_row_that_the_engine_refuses_fails_at_once() -> None:
     assert sorted(output.rows) == [0, 2]
     assert (output.errors[1].id, output.errors[1].line) == (5, 2)
     assert len(engine.requests) == 2 + 1 + 2
+
+
+def test_log_probabilities_are_those_of_every_token_the_stop_token_too() -> None:
+    values = np.array([-0.1, -1.2345678, -1e-9], np.float32)
+
+    def script(request: Request) -> list[Output]:
+        assert request.sampling.logprobs == 2
+        return [completed(request, "xy$", "stop", logprobs=logprobs_of(values.tolist(), 2))]
+
+    _, output, _ = run_job([b'{"prompt": "a", "logprobs": 2}'], script)
+    row = output.rows[0]
+    assert row["completion"] == "xy"
+    assert [entry["token"] for entry in row["logprobs"]] == ["x", "y", "$"]
+    # The shortest decimals that are these fp32 numbers.
+    assert [entry["logprob"] for entry in row["logprobs"]] == [-0.1, -1.2345678, -1e-9]
+    assert row["logprobs"][0] == {
+        **{"token": "x", "token_id": ord("x"), "logprob": -0.1},
+        "top": [
+            {"token": "a", "token_id": ord("a"), "logprob": -0.6},
+            {"token": "b", "token_id": ord("b"), "logprob": -1.1},
+        ],
+    }
+
+
+def test_a_row_that_asks_for_no_log_probabilities_has_none() -> None:
+    def script(request: Request) -> list[Output]:
+        assert request.sampling.logprobs is None
+        return [completed(request, "xy")]
+
+    _, output, _ = run_job([b'{"prompt": "a"}'], script)
+    assert list(output.rows[0]) == ["prompt", "completion", "reasoning", "finish_reason", "usage"]
+
+
+def test_the_first_token_of_a_prompt_has_no_log_probability() -> None:
+    asked = []
+
+    def script(request: Request) -> list[Output]:
+        asked.append(request.sampling.prompt_logprobs)
+        prompt = {} if asked[1:] else {"prompt_logprobs": logprobs_of([-1, -2], 1)}
+        return [completed(request, "x", **prompt)]
+
+    raw = b'{"prompt": "a", "prompt_logprobs": 1, "n": 3}'
+    _, output, _ = run_job([raw], script, token_ids=[*map(ord, "abc")])
+    assert asked == [1, None, None]  # they are the same for all samples
+    first, second, third = output.rows[0]["prompt_logprobs"]
+    assert first == {"token": "a", "token_id": ord("a"), "logprob": None}
+    assert (second["token"], second["logprob"], second["top"][0]["logprob"]) == ("b", -1.0, -1.5)
+    assert (third["token"], third["logprob"]) == ("c", -2.0)
+    assert list(output.rows[0]) == ["prompt", "n", "completions", "prompt_logprobs", "usage"]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_stop_string_cuts_log_probabilities_too(restarts: bool) -> None:
+    def script(request: Request) -> list[Output]:
+        lost = [reported(request, "zzz", logprobs=logprobs_of([-9, -9, -9]))]
+        return [
+            *(lost if restarts else []),
+            reported(request, "ab", logprobs=logprobs_of([-1, -2]), starts_anew=restarts),
+            reported(request, "cdEe", logprobs=logprobs_of([-3, -4, -5, -6])),
+        ]
+
+    engine, output, _ = run_job([b'{"prompt": "a", "stop": "dE", "logprobs": 0}'], script)
+    row = output.rows[0]
+    assert (row["completion"], row["finish_reason"]) == ("abc", "stop")
+    assert [entry["logprob"] for entry in row["logprobs"]] == [-1.0, -2.0, -3.0, -4.0, -5.0]
+    assert row["usage"]["completion_tokens"] == 5
+    assert engine.aborted == [0]
+
+
+def test_a_stop_string_at_the_very_end_cuts_the_completions_log_probabilities() -> None:
+    def script(request: Request) -> list[Output]:
+        first = reported(request, "ab", logprobs=logprobs_of([-1, -2]))
+        return [first, completed(request, "abEf", logprobs=logprobs_of([-1, -2, -3, -4]))]
+
+    _, output, _ = run_job([b'{"prompt": "a", "stop": "E", "logprobs": 0}'], script)
+    assert [entry["token"] for entry in output.rows[0]["logprobs"]] == ["a", "b", "E"]
+
+
+def test_the_best_of_several_samples_are_those_of_the_highest_mean() -> None:
+    texts = {0: ("long", [-1, -1, -1, -1]), 1: ("x", [-1.5]), 2: ("no", [-9, -1]), 3: ("y", [-0.5])}
+
+    def script(request: Request) -> list[Output]:
+        assert request.sampling.logprobs == 0
+        text, values = texts[request.request_id]
+        return [completed(request, text, logprobs=logprobs_of(values))]
+
+    raw = b'{"prompt": "a", "n": 2, "best_of": 4, "temperature": 1}'
+    _, output, totals = run_job([raw], script)
+    row = output.rows[0]
+    assert [c["completion"] for c in row["completions"]] == ["y", "long"]
+    assert "logprobs" not in row["completions"][0]
+    assert row["usage"]["completion_tokens"] == 8  # of all that were drawn
+    assert totals.finish_reasons == {"length": 4}
+
+
+def test_equal_samples_stay_in_their_order() -> None:
+    def script(request: Request) -> list[Output]:
+        return [completed(request, f"{request.request_id}", logprobs=logprobs_of([-1], 1))]
+
+    raw = b'{"prompt": "a", "best_of": 3, "logprobs": 1}'
+    _, output, _ = run_job([raw], script, n=2, sampling={"temperature": 1.0})
+    assert [c["completion"] for c in output.rows[0]["completions"]] == ["0", "1"]
+    assert output.rows[0]["completions"][0]["logprobs"][0]["top"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b'{"prompt": "a", "best_of": 2, "n": 3}', "best_of is 2; it must be at least n, 3"),
+        (b'{"prompt": "a", "n": 5}', "best_of is 4; it must be at least n, 5"),
+        (b'{"prompt": "a", "temperature": 0}', "best_of is 4 at temperature 0"),
+        (b'{"prompt": "a", "temperature": 0.000001}', "best_of is 4 at temperature 0"),
+    ],
+)
+def test_a_best_of_that_cannot_be_fails_the_row(raw: bytes, words: str) -> None:
+    engine, output, _ = run_job([raw], lambda request: [], best_of=4)
+    assert output.errors[0].code == "bad_parameters"
+    assert words in output.errors[0].message
+    assert engine.requests == []
+
+
+def test_as_many_as_there_are_need_no_comparison() -> None:
+    raw = b'{"prompt": "a", "n": 4, "temperature": 0}'
+    engine, output, _ = run_job([raw], lambda request: [completed(request, "x")], best_of=4)
+    assert len(output.rows[0]["completions"]) == 4
+    assert {request.sampling.logprobs for request in engine.requests} == {None}
+
+
+def test_of_a_long_prompt_the_last_tokens_are_kept() -> None:
+    raws = [b'{"prompt": "a"}', b'{"prompt": "a", "truncate_prompt_tokens": 1}',
+            b'{"prompt": "a", "truncate_prompt_tokens": 9}']  # fmt: skip
+    engine, output, _ = run_job(
+        raws, lambda request: [completed(request, "x")], truncate_prompt_tokens=2
+    )
+    assert [request.prompt_token_ids for request in engine.requests] == [[2, 3], [3], [1, 2, 3]]
+    assert [row["usage"]["prompt_tokens"] for row in output.rows.values()] == [2, 1, 3]
+
+
+def test_a_rows_bad_words_come_before_the_jobs() -> None:
+    raws = [b'{"prompt": "a"}', b'{"prompt": "a", "bad_words": ["no"]}',
+            b'{"prompt": "a", "bad_words": []}']  # fmt: skip
+    engine, _, _ = run_job(raws, lambda request: [completed(request, "x")], bad_words=("ab", "c"))
+    found = [request.sampling.bad_words for request in engine.requests]
+    assert found == [((97, 98), (99,)), ((110, 111),), ()]
+
+
+def test_a_bad_word_of_too_many_tokens_is_named() -> None:
+    long = b'{"prompt": "a", "bad_words": ["%s"]}' % (b"x" * 17)
+    _, output, _ = run_job([long], lambda request: [])
+    assert "the tokens of a bad word is 17" in output.errors[0].message
+    with pytest.raises(UserError, match="--bad-word"):
+        run_job([long], lambda request: [], bad_words=("x" * 17,))
+
+
+CHAT = b'{"messages": [{"role": "user", "content": "a"}]%s}'
+
+
+def test_a_budget_is_for_the_chats_that_think() -> None:
+    def budgets(raw: bytes, token_ids: Sequence[int], **options: Any) -> list[Any]:
+        engine, _, _ = run_job(
+            [raw], lambda request: [completed(request, "x")], token_ids=token_ids, **options
+        )
+        (request,) = engine.requests
+        return [request.sampling.thinking_budget, request.sampling.end_think_token_id]
+
+    own, end = CHAT % b', "thinking_budget": 0', ord("!")
+    assert budgets(own, [1, 9]) == [0, end]
+    assert budgets(own, [1, 9], thinking_budget=5) == [0, end]
+    assert budgets(CHAT % b"", [1, 9], thinking_budget=5) == [5, end]
+    assert budgets(CHAT % b"", [1, 9]) == [None, None]
+    # The job's is for those that think; a row's own is an error where it does not.
+    assert budgets(CHAT % b"", [1], thinking_budget=5) == [None, None]
+    assert budgets(b'{"prompt": "a"}', [1, 9], thinking_budget=5) == [None, None]
+    _, output, _ = run_job([own], lambda request: [], token_ids=[1])
+    assert output.errors[0].code == "bad_parameters"
+    assert "this chat does not think" in output.errors[0].message
+
+
+TOOLS = b', "tools": [{"type": "function", "function": {"name": "f"}}]'
+CALL = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+
+
+def test_tool_calls_are_split_off_where_tools_were_offered() -> None:
+    raws = [CHAT % TOOLS, CHAT % (TOOLS + b', "tool_choice": "none"'), CHAT % b""]
+    _, output, totals = run_job(raws, lambda r: [completed(r, f"So: {CALL}$", "stop")])
+    called, *others = output.rows.values()
+    assert (called["completion"], called["finish_reason"]) == ("So:", "tool_calls")
+    (call,) = called["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": '{"x": 1}'}
+    for row in others:
+        assert (row["completion"], row["finish_reason"]) == (f"So: {CALL}", "stop")
+        assert "tool_calls" not in row
+    assert totals.finish_reasons == {"tool_calls": 1, "stop": 2}
+
+
+def test_no_call_is_null_and_a_cut_one_is_text_at_the_limit() -> None:
+    texts = ["Hello", f"{CALL}{CALL[:-3]}"]
+    _, output, _ = run_job(
+        [CHAT % TOOLS] * 2, lambda r: [completed(r, texts[r.request_id // 1024])]
+    )
+    none, cut = output.rows.values()
+    assert (none["completion"], none["tool_calls"]) == ("Hello", None)
+    assert (cut["completion"], cut["finish_reason"]) == (CALL[:-3], "length")
+    assert len(cut["tool_calls"]) == 1
+
+
+def test_calls_of_different_samples_have_different_ids() -> None:
+    raw = CHAT % (TOOLS + b', "n": 2, "parallel_tool_calls": false')
+    _, output, _ = run_job([raw], lambda r: [completed(r, f"{CALL}{CALL}$", "stop")])
+    calls = [c["tool_calls"] for c in output.rows[0]["completions"]]
+    assert [len(of_sample) for of_sample in calls] == [1, 1]
+    assert calls[0][0]["id"] != calls[1][0]["id"]
 
 
 def test_settings_that_do_not_go_together_fail_the_row() -> None:
@@ -360,14 +608,14 @@ def test_a_rows_columns_travel_as_they_were_written(end: bytes) -> None:
     assert json.loads(line)["usage"] == {"prompt_tokens": 5, "completion_tokens": 2}
 
 
-@pytest.mark.parametrize("name", ["completion", "completions", "reasoning", "usage"])
+@pytest.mark.parametrize("name", ["completion", "completions", "reasoning", "usage", "tool_calls"])
 def test_a_column_of_a_results_name_gives_way_and_the_others_keep_their_values(name: str) -> None:
     after = b' "a\\"},{\\\\" : [{"b": "]},"}, [1.10]] , "after": 18446744073709551616'
     raw = EXACT[:-1] + b', "%s": {"old": [1, {}], "x": "}"},' % name.encode() + after + b" }"
     line = line_of(raw)
     assert line.startswith(EXACT[:-1] + b"," + after + b',"completion":"0"')
     assert b"old" not in line
-    assert line.count(b'"%s":' % name.encode()) == (name != "completions")
+    assert line.count(b'"%s":' % name.encode()) == (name not in ("completions", "tool_calls"))
     json.loads(line)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from .parsing import USER, bad, batch_line, chat_line, good, text_line
+from .parsing import TOOL, USER, bad, batch_line, chat_line, good, text_line
 
 
 def test_a_chat_line() -> None:
@@ -27,6 +27,52 @@ def test_max_completion_tokens_are_max_tokens() -> None:
     assert good(chat_line(max_completion_tokens=5)).sampling == {"max_tokens": 5}
     assert good(chat_line(max_completion_tokens=5, max_tokens=5)).sampling == {"max_tokens": 5}
     bad("bad_parameters", chat_line(max_completion_tokens=5, max_tokens=6), "differ")
+
+
+def test_a_chat_asks_for_log_probabilities_with_two_fields() -> None:
+    asked = good(chat_line(logprobs=True, top_logprobs=3, prompt_logprobs=1)).sampling
+    assert asked == {"logprobs": 3, "prompt_logprobs": 1}
+    assert good(chat_line(logprobs=True)).sampling == {"logprobs": 0}
+    for nothing in ({"logprobs": False}, {"logprobs": False, "top_logprobs": 0}):
+        assert good(chat_line(**nothing)).sampling == {}
+    assert good(text_line(prompt="x", logprobs=5)).sampling == {"logprobs": 5}
+
+
+def test_no_reasoning_effort_is_no_thinking() -> None:
+    assert good(chat_line(reasoning_effort="none"), enable_thinking=True).enable_thinking is False
+    thinks = {"chat_template_kwargs": {"enable_thinking": True}}
+    bad("bad_parameters", chat_line(reasoning_effort="none", **thinks), "differ")
+
+
+def test_what_has_no_effect_on_the_text_is_taken() -> None:
+    ignored = {
+        **{"service_tier": "flex", "safety_identifier": "x", "prompt_cache_key": "x"},
+        **{"prompt_cache_retention": "24h", "prediction": {"type": "content", "content": "x"}},
+        **{"modalities": ["text"], "metadata": {"a": "b"}, "store": False, "user": "x"},
+    }
+    assert good(chat_line(**ignored)).settings == good(chat_line()).settings
+
+
+def test_a_seed_may_be_below_zero() -> None:
+    seeds = [good(chat_line(seed=seed)).sampling["seed"] for seed in (-(2**63), -1, 0, 2**63 - 1)]
+    assert len({*seeds}) == 4
+    bad("bad_parameters", chat_line(seed=-(2**63) - 1), "body.seed is -")
+
+
+def test_a_completion_may_echo_its_prompt() -> None:
+    assert good(text_line(prompt="x", echo=True)).settings.echo
+    assert not good(text_line(prompt="x", echo=False)).settings.echo
+
+
+def test_a_list_of_one_prompt_is_that_prompt() -> None:
+    assert good(text_line(prompt=["Hello"])).text == "Hello"
+    assert good(text_line(prompt=[[1, 2]])).token_ids == [1, 2]
+
+
+def test_a_bad_line_is_known_for_one() -> None:
+    assert bad("bad_parameters", chat_line(n=0)).is_openai_line
+    assert bad("bad_openai_line", batch_line(None)).is_openai_line
+    assert not bad("bad_parameters", {"prompt": "x", "n": 0}).is_openai_line
 
 
 @pytest.mark.parametrize(
@@ -61,7 +107,30 @@ def test_a_bad_openai_line_is_named(columns: dict[str, Any], words: str) -> None
         ("bad_parameters", chat_line(stream=True), "body.stream is True"),
         ("bad_parameters", chat_line(temperature=-1), "body.temperature is -1"),
         ("bad_parameters", chat_line(n=0), "body.n is 0"),
-        ("unknown_setting", chat_line(logprobs=True), "'logprobs'"),
+        ("bad_parameters", chat_line(logprobs=1), "body.logprobs is 1; it must be true or false"),
+        ("bad_parameters", chat_line(logprobs=True, top_logprobs=21), "body.top_logprobs is 21"),
+        ("bad_parameters", chat_line(logprobs=True, top_logprobs="2"), "body.top_logprobs is '2'"),
+        ("bad_parameters", chat_line(logprobs=True, top_logprobs=True), "body.top_logprobs is Tr"),
+        ("bad_parameters", chat_line(top_logprobs=2), "top_logprobs is 2, without body.logprobs"),
+        ("bad_parameters", chat_line(prompt_logprobs=21), "body.prompt_logprobs is 21"),
+        ("bad_parameters", chat_line(reasoning_effort="high"), "body.reasoning_effort is 'high'"),
+        ("bad_parameters", chat_line(modalities=["audio"]), "body.modalities is ['audio']"),
+        ("bad_parameters", chat_line(tools={}), "body.tools is {}; it must be a list"),
+        ("bad_parameters", chat_line(tool_choice="required"), "body.tool_choice is 'required'"),
+        ("bad_parameters", text_line(prompt="x", logprobs=True), "body.logprobs is True"),
+        ("bad_parameters", text_line(prompt="x", echo="yes"), "body.echo is 'yes'"),
+        ("bad_parameters", text_line(prompt="x", tools=[TOOL]), "tools needs messages"),
+        ("bad_tools", chat_line(tools=[{"type": "custom"}]), "body.tools[0].type is 'custom'"),
+        ("bad_prompt", text_line(prompt=[[1], [2]]), "several prompts need a line each"),
+        ("unknown_setting", text_line(prompt="x", top_logprobs=1), "use 'logprobs'"),
+        ("unknown_setting", text_line(prompt="x", reasoning_effort="none"), "'reasoning_effort'"),
+        ("unknown_setting", text_line(prompt="x", suffix="y"), "'suffix'"),
+        ("unknown_setting", chat_line(echo=True), "'echo'"),
+        ("unknown_setting", chat_line(functions=[]), "use 'tools'"),
+        ("unknown_setting", chat_line(stream_options={}), "'stream_options'"),
+        ("unknown_setting", chat_line(web_search_options={}), "'web_search_options'"),
+        ("unknown_setting", chat_line(audio={}), "'audio'"),
+        ("unknown_setting", chat_line(verbosity="low"), "'verbosity'"),
         ("unknown_setting", chat_line(temprature=1), "did you mean 'temperature'"),
         ("unknown_setting", chat_line(anything=1), "'anything' is not supported"),
     ],

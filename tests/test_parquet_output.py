@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,8 +18,12 @@ from nanovllm_cli.inputs import Source, find_inputs
 from nanovllm_cli.parquet_output import write_parquet
 from nanovllm_cli.prompt_options import PromptOptions
 from nanovllm_cli.prompts import Prompt, to_prompt
-from nanovllm_cli.results import Sample, result_line
+from nanovllm_cli.results import result_line
 from nanovllm_cli.rows import Row, read_rows
+from nanovllm_cli.samples import Sample
+from nanovllm_cli.scored_tokens import ScoredToken
+from nanovllm_cli.token_texts import TokenText
+from nanovllm_cli.tool_calls import ToolCall
 
 STDIN = [Source(name="<stdin>", path=None)]
 RESULTS = ["completion", "reasoning", "finish_reason", "usage"]
@@ -233,6 +238,16 @@ def test_a_type_that_changes_far_down_is_still_found(
         assert set(found.column("x").to_pylist()) == texts
 
 
+def test_an_object_with_a_name_for_every_datum_is_text(tmp_path: Path) -> None:
+    rows = [{"x": {"top": [{f"token {n}": n}]}, "y": {"a": n}} for n in range(3000)]
+    found = from_json(tmp_path, rows)
+    assert found.schema.field("x").type == pa.string()
+    assert [orjson.loads(text) for text in found.column("x").to_pylist()] == [
+        row["x"] for row in rows
+    ]
+    assert found.schema.field("y").type == pa.struct([("a", pa.int64())])
+
+
 def test_a_column_that_comes_late_is_empty_before(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"a": 1} for _ in range(2000)]
     found = from_json(tmp_path, [*rows, {"b": "x", "a": 2}])
@@ -257,6 +272,41 @@ def test_several_completions_are_a_list_of_them(tmp_path: Path) -> None:
     assert several["completion"] is None
     assert one["completion"] == "text 0"
     assert one["completions"] is None
+
+
+def test_log_probabilities_and_tool_calls_are_nested_columns(tmp_path: Path) -> None:
+    whole, part = TokenText(7, "a", b"a", True), TokenText(8, "\ufffd", b"\xf0\x9f", False)
+    tokens = [ScoredToken(whole, -0.1, [(part, -1.5)]), ScoredToken(part, None, [])]
+    call = ToolCall("f", "{}")
+    row = Row(index=0, source="s", line=1, raw=b'{"prompt": "a"}', columns={"prompt": "a"})
+    prompt = to_prompt(row, PromptOptions())
+    assert isinstance(prompt, Prompt)
+    made = Sample(text="x", reasoning=None, finish_reason="tool_calls", num_tokens=2,
+                  tool_calls=[call], logprobs=tokens)  # fmt: skip
+    lines = [
+        (0, result_line(prompt, samples(), 4, shape="columns", model="m")),
+        (1, result_line(prompt, [made], 4, shape="columns", model="m", prompt_logprobs=tokens)),
+        (2, result_line(prompt, [made, *samples()], 4, shape="columns", model="m")),
+    ]
+    found = written(tmp_path / "out.parquet", lines, STDIN)
+    assert found.column_names == [
+        *("prompt", "completion", "completions", "reasoning", "tool_calls", "finish_reason"),
+        *("logprobs", "prompt_logprobs", "usage"),
+    ]
+    plain, one, several = found.to_pylist()
+    first = {"token": "a", "token_id": 7, "logprob": np.float32(-0.1), "bytes": None}
+    second = {"token": "\ufffd", "token_id": 8, "logprob": None, "bytes": [0xF0, 0x9F]}
+    expected = [
+        {**first, "top": [{**second, "logprob": -1.5}]},
+        {**second, "top": None},
+    ]
+    assert one["logprobs"] == one["prompt_logprobs"] == expected
+    assert one["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+    assert several["completions"][0]["logprobs"] == expected
+    assert several["completions"][1]["tool_calls"] is None
+    for name in ("logprobs", "prompt_logprobs", "tool_calls"):
+        assert plain[name] is None
+        assert several[name] is None
 
 
 def test_openai_lines_have_their_response_in_parquet_too(tmp_path: Path) -> None:

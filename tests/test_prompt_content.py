@@ -6,12 +6,14 @@ import pytest
 
 from .parsing import USER, bad, good
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
 
 def test_messages_keep_the_fields_a_template_may_use() -> None:
     messages = [
         {"role": "system", "content": ""},
         {"role": "user", "content": "Hello", "name": "Ann"},
-        {"role": "assistant", "content": "x", "reasoning_content": "hm", "tool_calls": [{"a": 1}]},
+        {"role": "assistant", "content": "x", "reasoning_content": "hm", "tool_calls": [CALL]},
         {"role": "tool", "content": "4", "tool_call_id": "t"},
     ]
     assert good({"messages": messages}).messages == messages
@@ -29,10 +31,31 @@ def test_text_parts_are_joined() -> None:
 
 
 def test_a_message_with_tool_calls_needs_no_content() -> None:
-    message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    message = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     messages = good({"messages": [message, {"role": "tool", "content": "4"}]}).messages
     assert messages is not None
     assert messages[0]["content"] == ""
+
+
+def test_a_developer_is_the_system() -> None:
+    message = {"role": "developer", "content": "Be brief."}
+    expected = [{"role": "system", "content": "Be brief."}, USER]
+    assert good({"messages": [message, USER]}, system="Be long.").messages == expected
+
+
+def test_a_response_of_openais_may_be_sent_back_as_it_is() -> None:
+    empty = {"function_call": None, "audio": None, "tool_calls": None, "annotations": []}
+    said = {"role": "assistant", "content": "Yes", "refusal": None, **empty}
+    refused = {"role": "assistant", "content": None, "refusal": "No.", **empty}
+    parts = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    messages = good({"messages": [USER, said, USER, refused, USER, parts, USER]}).messages or []
+    answers = [message for message in messages if message["role"] == "assistant"]
+    contents = ("Yes", "No.", "No.")
+    assert answers == [{"role": "assistant", "content": content} for content in contents]
+
+
+def calling(*calls: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": "x", "tool_calls": [*calls]}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +78,13 @@ def test_a_message_with_tool_calls_needs_no_content() -> None:
         ([{"role": "user", "content": "x", "weight": 1}], "unknown field 'weight'"),
         ([{"role": "user", "content": "x", "name": 1}], "messages[0].name is 1"),
         ([{"role": "assistant", "content": "x", "tool_calls": "f()"}], "tool_calls"),
+        ([calling({"id": "1"})], "tool_calls[0].name is null"),
+        ([calling({**CALL, "function": "f"})], "tool_calls[0].function is 'f'"),
+        ([calling({"function": {"arguments": {}}})], "tool_calls[0].function.name is null"),
+        ([calling(CALL, {"name": "f"})], "tool_calls[1].arguments is null"),
+        ([calling({"name": "f", "arguments": [1]})], "tool_calls[0].arguments is [1]"),
+        ([{"role": "assistant", "refusal": 1}], "messages[0].refusal is 1"),
+        ([{"role": "user", "content": [{"type": "refusal"}]}], "refusal is null"),
     ],
 )
 def test_a_bad_message_is_named(messages: Any, words: str) -> None:

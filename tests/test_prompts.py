@@ -155,11 +155,16 @@ NAMES = [
     *("id", "custom_id", "method", "url", "body", "prompt", "messages", "prompt_token_ids", "role"),
     *("content", "type", "text", "tool_calls", "n", "stop", "seed", "temperature", "top_k", "x"),
     *("stop_token_ids", "chat_template_kwargs", "enable_thinking", "best_of", "stream", "model"),
+    *("tools", "tool_choice", "function", "name", "arguments", "parameters", "refusal", "echo"),
+    *("logit_bias", "bad_words", "logprobs", "top_logprobs", "prompt_logprobs", "modalities"),
+    *("thinking_budget", "truncate_prompt_tokens", "reasoning_effort", "repetition_penalty"),
 ]
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.binary()
 )
-WORDS = st.sampled_from(["POST", "/v1/completions", "/v1/chat/completions", "user", "text"])
+WORDS = st.sampled_from(
+    ["POST", "/v1/completions", "/v1/chat/completions", "user", "text", "function", "auto", "7"]
+)
 JSON = st.recursive(
     SCALARS | WORDS,
     lambda inner: (

@@ -55,6 +55,26 @@ def test_a_stopped_job_runs_the_missing_rows_only_and_the_bytes_are_the_same(
     assert rows["failed_by_code"] == {"no_prompt": 20}
 
 
+def test_a_stopped_batch_of_openais_lines_goes_on(make: Make) -> None:
+    rows = [
+        {
+            **{"custom_id": f"c{n}", "method": "POST", "url": "/v1/completions"},
+            "body": {"prompt": "a", "n": 0 if n % 5 == 3 else 1},
+        }
+        for n in range(40)
+    ]
+    folder, whole = make(rows), make(rows, folder="whole")
+    assert whole.run()[0] == ExitCode.SOME_ROWS_FAILED
+    folder.stop_after(2)
+    assert folder.run()[0] == ExitCode.SOME_ROWS_FAILED
+    assert folder.output.read_bytes() == whole.output.read_bytes()
+    errors, expected = (
+        [{**row, "source": "in.jsonl"} for row in read_rows(job.errors)] for job in (folder, whole)
+    )
+    assert errors == expected
+    assert folder.stats["rows"]["failed_by_code"] == {"bad_parameters": 8}
+
+
 def test_rows_are_in_equal_out_however_often_a_job_is_stopped(make: Make) -> None:
     folder = make(mixed_rows(100))
     for _ in range(9):
@@ -199,6 +219,13 @@ def test_rows_that_are_gone_are_refused(is_finished: bool, make: Make) -> None:
         ({"stop": ("x",)}, 'stop: [] -> ["x"]'),
         ({"sampling": {"temperature": 0.5}}, "temperature: 0.0 -> 0.5"),
         ({"sampling": {"max_tokens": 3}}, "max_tokens: unset -> 3"),
+        ({"sampling": {"logprobs": 0}}, "logprobs: unset -> 0"),
+        ({"sampling": {"logit_bias": ((5, 1.0),)}}, "logit_bias: unset -> [[5,1.0]]"),
+        ({"sampling": {"repetition_penalty": 1.5}}, "repetition_penalty: unset -> 1.5"),
+        ({"best_of": 1}, "best_of: unset -> 1"),
+        ({"bad_words": ("x",)}, 'bad_words: unset -> ["x"]'),
+        ({"truncate_prompt_tokens": 2}, "truncate_prompt_tokens: unset -> 2"),
+        ({"thinking_budget": 9}, "thinking_budget: unset -> 9"),
         ({"format": "openai"}, "format: auto -> openai"),
         ({"prompt": PromptOptions(system="Be brief.")}, "system: unset -> Be brief."),
         ({"prompt": PromptOptions(system="x" * 900)}, "system: unset -> 900 characters, xxh3 "),

@@ -5,20 +5,20 @@ from typing import Any
 import pytest
 
 from nanovllm_cli.core.sampling_params import SamplingParams
+from nanovllm_cli.row_settings import RowSettings
 
-from .parsing import USER, bad, chat_line, good
+from .parsing import TOOL, USER, bad, chat_line, good
 
 SETTINGS_OF_OTHERS = """
-best_of logprobs prompt_logprobs top_logprobs presence_penalty frequency_penalty repetition_penalty
-length_penalty logit_bias bad_words allowed_token_ids
-tools tool_choice truncate_prompt_tokens echo suffix do_sample
-num_beams typical_p thinking_budget include_stop_str_in_output skip_special_tokens detokenize stream
+length_penalty allowed_token_ids echo suffix do_sample num_beams typical_p
+include_stop_str_in_output skip_special_tokens detokenize stream top_logprobs
+reasoning_effort functions function_call
 """
 DATA_COLUMNS = """
 text label source score category tokens id2 stops seeds speed step steps top top_1 max min maximum
 N Seed Stop Suffix n_tokens in_tokens num_tokens mean_tokens median_tokens total_tokens
 prompt_tokens temperature_c avg_temperature stop_reason finish_reason token_ids model url body
-method completion question answer name seed_id min_price
+method completion question answer name seed_id min_price logprob bad_word tool_call function penalty
 """
 
 
@@ -38,6 +38,38 @@ def test_a_rows_settings_are_taken() -> None:
     assert type(prompt.sampling["temperature"]) is float
     assert (prompt.n, prompt.stop) == (128, ("a", "b"))
     SamplingParams(**prompt.sampling)
+
+
+def test_what_a_row_asks_of_its_tokens_is_taken() -> None:
+    prompt = good(
+        {
+            **{"prompt": "x", "repetition_penalty": 2, "presence_penalty": -1},
+            **{"frequency_penalty": 0.5, "logit_bias": {"7": 1, "5": -100.0}, "logprobs": 0},
+            **{"prompt_logprobs": 20, "best_of": 3, "bad_words": ["no", " never"]},
+            "truncate_prompt_tokens": 5,
+        }
+    )
+    assert prompt.sampling == {
+        **{"repetition_penalty": 2.0, "presence_penalty": -1.0, "frequency_penalty": 0.5},
+        **{"logit_bias": ((5, -100.0), (7, 1.0)), "logprobs": 0, "prompt_logprobs": 20},
+    }
+    assert type(prompt.sampling["repetition_penalty"]) is float
+    settings = prompt.settings
+    assert (settings.best_of, settings.truncate_prompt_tokens) == (3, 5)
+    assert settings.bad_words == ("no", " never")
+    SamplingParams(**prompt.sampling)
+
+
+def test_tools_are_offered_unless_none_may_be_called() -> None:
+    def settings(**columns: Any) -> RowSettings:
+        return good({"messages": [USER], **columns}).settings
+
+    assert settings(tools=[TOOL], tool_choice="auto").tools == [TOOL]
+    assert settings(tools=[TOOL], tool_choice="none").tools is None
+    assert settings(tools=[], tool_choice="auto").tools is None
+    assert settings(tools=[TOOL], parallel_tool_calls=False).is_one_call_only
+    assert not settings(tools=[TOOL], parallel_tool_calls=True).is_one_call_only
+    bad("bad_tools", {"messages": [USER], "tools": ["weather"], "tool_choice": "none"})
 
 
 def test_settings_are_checked_together() -> None:
@@ -67,6 +99,20 @@ def test_stop_can_be_one_string() -> None:
         ("n", [0, 129, 1.0, True, "2"]),
         ("stop", ["", [], [""], ["a"] * 17, 1, ["a", 1], {}]),
         ("stop_token_ids", [1, "1", [1.0], [True], [-1], [2**31], [1] * 15]),
+        ("best_of", [0, 129, 1.0, True, "2"]),
+        ("repetition_penalty", [0, -1, 101, "1", True]),
+        ("presence_penalty", [-2.1, 2.1, "0"]),
+        ("frequency_penalty", [-2.1, 2.1, []]),
+        ("logprobs", [-1, 21, 1.0, True, "1"]),
+        ("prompt_logprobs", [-1, 21, 1.0, False]),
+        ("logit_bias", [[], 1, {"a": 1}, {"1": "a"}, {"-1": 1}, {"1.0": 1}, {"": 1}]),
+        ("logit_bias", [{"2147483648": 1}, {"9" * 5000: 1}, {"\u0663": 1}, {"1": True}, {1: 1}]),
+        ("bad_words", ["no", [""], [" "], [1], ["a"] * 65, {}]),
+        ("truncate_prompt_tokens", [0, -1, 1.0, "5", True]),
+        ("thinking_budget", [-1, 1.0, "5", True]),
+        ("tool_choice", ["required", 1, {"type": "function", "function": {"name": "f"}}]),
+        ("parallel_tool_calls", [1, "true"]),
+        ("tools", [{}, "weather", 1]),
         ("chat_template_kwargs", [1, [], {"enable_thinking": 1}, {"x": True}]),
     ],
 )
@@ -91,6 +137,21 @@ def test_thinking_is_for_chats() -> None:
     assert good({"prompt": "x"}, enable_thinking=True).enable_thinking is None
 
 
+def test_a_bias_has_limits() -> None:
+    for bias in (-101, 100.5):
+        bad("bad_parameters", {"prompt": "x", "logit_bias": {"5": bias}}, "-100 to 100")
+    many = {str(token_id): 1 for token_id in range(301)}
+    bad("bad_parameters", {"prompt": "x", "logit_bias": many}, "301", "300")
+
+
+@pytest.mark.parametrize("name", ["thinking_budget", "tools"])
+def test_some_settings_are_for_chats(name: str) -> None:
+    value: Any = [TOOL] if name == "tools" else 5
+    bad("bad_parameters", {"prompt": "x", name: value}, f"{name} needs messages")
+    assert good({"prompt": "x", name: value}, chat=True)
+    assert good({"messages": [USER], name: value})
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
@@ -100,6 +161,8 @@ def test_thinking_is_for_chats() -> None:
         *[("topP", "top_p"), ("minp", "min_p"), ("ignoreEos", "ignore_eos")],
         *[("max_new_tokens", "max_tokens"), ("stop_sequences", "stop"), ("n_samples", "n")],
         *[("stop_tokens", "stop_token_ids"), ("enable_thinking", "chat_template_kwargs")],
+        *[("logit_biases", "logit_bias"), ("repetitionPenalty", "repetition_penalty")],
+        *[("top_logprobs", "logprobs"), ("bad_words_ids", "bad_words"), ("bestOf", "best_of")],
         *[("max_completion_tokens", "max_tokens"), ("maxNewTokens", "max_tokens")],
     ],
 )

@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
 from transformers import AutoTokenizer
 
 from .cli import MODEL, SAMPLE, Run, generate, read_rows, run
@@ -217,6 +219,8 @@ def test_openai_lines_give_openai_lines_in_order(runs: dict[str, Run], folder: P
         (choice,) = body["choices"]
         assert choice["index"] == 0
         assert choice["finish_reason"] == "stop"
+        kind = Completion if request["url"] == "/v1/completions" else ChatCompletion
+        kind.model_validate(body, strict=True)  # the official package's
         if request["url"] == "/v1/completions":
             assert body["object"] == "text_completion"
             assert choice["text"]

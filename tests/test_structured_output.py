@@ -39,15 +39,15 @@ IN_EVERY_FORM: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "grammar"), IN_EVERY_FORM)
 def test_a_row_says_it_in_vllms_words_or_openais(fields: dict[str, Any], grammar: str) -> None:
-    assert good({"prompt": "x", **fields}).sampling == {"grammar": grammar}
+    assert good({"prompt": "x", **fields}).settings.sampling == {"grammar": grammar}
     for line in (chat_line(**fields), text_line(prompt="x", **fields)):
-        assert good(line).sampling == {"grammar": grammar}
+        assert good(line).settings.sampling == {"grammar": grammar}
 
 
 def test_plain_text_is_a_wish_too() -> None:
     prompt = good({"prompt": "x", "response_format": {"type": "text"}})
-    assert prompt.sampling == {"grammar": None}
-    assert good({"prompt": "x", "response_format": None}).sampling == {}
+    assert prompt.settings.sampling == {"grammar": None}
+    assert good({"prompt": "x", "response_format": None}).settings.sampling == {}
 
 
 def test_json_is_laid_out_in_one_way_unless_the_schema_says_otherwise() -> None:
@@ -227,7 +227,7 @@ def test_without_the_package_flags_and_rows_say_what_to_install(
     with pytest.raises(CommandError, match=r"nanovllm-cli\[json\]"):
         flags(regex="never compiled before")
     bad("bad_grammar", {"prompt": "x", "guided_regex": "nor this"}, "nanovllm-cli[json]")
-    assert good({"prompt": "x"}).sampling == {}
+    assert good({"prompt": "x"}).settings.sampling == {}
 
 
 def test_the_grammar_of_a_job_is_part_of_its_fingerprint() -> None:

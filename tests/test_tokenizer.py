@@ -146,6 +146,132 @@ def test_no_added_token_in_a_message_becomes_a_control_token(
     assert not leaks
 
 
+def tools_holding(text: str) -> dict[str, Prompt]:
+    """A chat for each place where a tool's text can stand."""
+    function = {"name": "look", "description": "x", "parameters": {"type": "object"}}
+    deep = {"type": "object", "properties": {text: {"enum": [text, {text: text}]}}}
+    changes: dict[str, dict[str, Any]] = {
+        "name": {"name": text},
+        "description": {"description": text},
+        "parameters": {"parameters": deep},
+    }
+    question = {"role": "user", "content": "Hi"}
+    return {
+        place: prompt_of(
+            {
+                "messages": [question],
+                "tools": [{"type": "function", "function": {**function, **change}}],
+            }
+        )
+        for place, change in changes.items()
+    }
+
+
+def test_no_added_token_in_a_tool_becomes_a_control_token(
+    tokenizer: PromptTokenizer, hugging_face: Any
+) -> None:
+    for token in ADDED:
+        for position, pattern in POSITIONS.items():
+            injected = tools_holding(pattern.replace("{}", token))
+            harmless = tools_holding(pattern.replace("{}", HARMLESS))
+            for place, prompt in injected.items():
+                found, expected = ids_of(tokenizer, [prompt, harmless[place]])
+                assert control(found) == control(expected), (token, position, place)
+                text = hugging_face.apply_chat_template(
+                    prompt.messages,
+                    tools=prompt.settings.tools,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+                assert hugging_face.decode(found) == text
+
+
+def test_tools_and_calls_are_rendered_as_transformers_does(
+    tokenizer: PromptTokenizer, hugging_face: Any
+) -> None:
+    parameters = {"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]}
+    names = ("look", "Z\u00fcrich")
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": parameters}} for name in names
+    ]
+    question = {"role": "user", "content": "Where?"}
+
+    def calling(arguments: Any, content: str | None) -> dict[str, Any]:
+        functions = [{"name": name, "arguments": arguments} for name in names]
+        calls = [
+            {"id": f"call_{n}", "type": "function", "function": f} for n, f in enumerate(functions)
+        ]
+        return {"role": "assistant", "content": content, "tool_calls": calls}
+
+    results = [{"role": "tool", "tool_call_id": f"call_{n}", "content": f"{n}"} for n in range(2)]
+    for arguments in ({"at": "\u00fc"}, '{"at": "\u00fc"}'):
+        for content in ("I look.", "", None):
+            messages = [question, calling(arguments, content), *results]
+            prompt = prompt_of({"messages": messages, "tools": tools})
+            (ids,) = ids_of(tokenizer, [prompt])
+            expected = hugging_face.apply_chat_template(
+                [{**message, "content": message["content"] or ""} for message in messages],
+                tools=tools,
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+            assert ids == expected
+
+
+def test_a_template_that_takes_no_tools_refuses_them(tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "model" / "tokenizer_config.json"
+    config = json.loads(file.read_bytes())
+    file.write_text(json.dumps({**config, "chat_template": "{{ messages[0].content }}"}))
+    tokenizer = PromptTokenizer(tmp_path / "model")
+    refused, good = tokenizer.encode([tools_holding("x")["name"], chat([{"role": "user",
+                                      "content": "Hi"}])])  # fmt: skip
+    assert isinstance(refused, TemplateError)
+    assert "takes no tools" in str(refused)
+    assert isinstance(good, list)
+
+
+def test_a_bad_word_is_one_at_the_start_of_a_text_and_after_a_blank(
+    tokenizer: PromptTokenizer,
+) -> None:
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(ids_of(tokenizer, [prompt_of({"prompt": text})])[0])
+
+    assert (len(ids("the")), len(ids(" the"))) == (2, 1)
+    for word in ("the", "  the"):
+        assert tokenizer.bad_words([word]) == (ids("the"), ids(" the"))
+    # Here the blank is a token of its own, and what follows it the same as without.
+    assert tokenizer.bad_words(["\U0001f600"]) == (ids("\U0001f600"),)
+    assert tokenizer.bad_words(["</think>"]) == ((ADDED["</think>"],),)
+    assert len(tokenizer.bad_words(["the", "\U0001f600"])) == 3
+    assert tokenizer.bad_words([]) == ()
+
+
+def test_a_chat_thinks_unless_the_template_has_closed_the_thought(
+    tokenizer: PromptTokenizer,
+) -> None:
+    question = [{"role": "user", "content": "Hi </think>"}]
+    for thinking, expected in ((None, ADDED["</think>"]), (True, ADDED["</think>"]), (False, None)):
+        (ids,) = ids_of(tokenizer, [chat(question, thinking)])
+        assert tokenizer.end_think_of(ids) == expected
+
+
+def test_a_tokens_bytes_add_up_to_its_text(tokenizer: PromptTokenizer, hugging_face: Any) -> None:
+    texts = tokenizer.token_texts
+    for text in random_texts(300, seed=5)[1:]:
+        (ids,) = ids_of(tokenizer, [prompt_of({"prompt": text})])
+        raw = b"".join(texts[token_id].raw for token_id in ids)
+        assert raw == unicodedata.normalize("NFC", text).encode()
+    parts = [texts[token_id] for token_id in hugging_face.encode("\U0001f600")]
+    assert len(parts) > 1
+    assert not any(part.is_whole for part in parts)
+    assert {part.text for part in parts} == {"\ufffd"}
+    assert texts[ADDED["<think>"]].text == "<think>"
+    assert texts[ADDED["<|im_end|>"]].raw == b"<|im_end|>"
+    assert texts[1087] == (1087, "", b"", True)  # the embedding is padded
+
+
 def test_injected_text_stays_the_text_it_was(tokenizer: PromptTokenizer, hugging_face: Any) -> None:
     for name, messages, _ in injections():
         if "assistant" in name or "reasoning" in name or "tool_response" in name:
@@ -371,6 +497,14 @@ def test_special_tokens_are_not_text(tokenizer: PromptTokenizer, hugging_face: A
         (None, "<think>\nOne\n</think>", ("", "One")),
         (None, "<think>\nOne", ("", "One")),  # unclosed
         (None, "<think>", ("", "")),
+        (None, "<think>\n", ("", "")),
+        (None, "<think>\nOne\n\nand o", ("", "One\n\nand o")),
+        (None, "<think>\nOne </think", ("", "One </think")),  # cut within the tag's text
+        (None, "<think>\nOne\n</think>\n\n", ("", "One")),
+        (None, "<think>\nOne\n</think>\n\nTw", ("Tw", "One")),
+        (None, "<think>\nOne</think>Two\n", ("Two", "One")),  # a budget has closed it
+        (True, "<think>\nOne", ("", "One")),
+        (False, "", ("", None)),
         (None, "Two", ("Two", None)),  # none
         (None, "Two <think> of it", ("Two <think> of it", None)),
         (None, "", ("", None)),
