@@ -87,7 +87,7 @@ class Grammars:
     ) -> None:
         self._tokenizer_path = tokenizer_path
         self._vocab_size = vocab_size
-        self._given_eos_token_ids = eos_token_ids
+        self._given_eos_token_ids = [i for i in eos_token_ids if 0 <= i < vocab_size]
         self._vocabulary = lru_cache(maxsize=1)(self._load_vocabulary)
         self._compiled = lru_cache(maxsize=_MAX_COMPILED)(self._compile)
 
@@ -141,7 +141,7 @@ class Grammars:
             tokenizer = llguidance.LLTokenizer(
                 json.dumps(content),
                 n_vocab=self._vocab_size,
-                eos_token=list(self._given_eos_token_ids) or None,
+                eos_token=self._given_eos_token_ids or None,
             )
         except (OSError, ValueError) as error:
             return GrammarError(f"{file} cannot be used for grammars: {error}")

@@ -11,6 +11,9 @@ prefilled sequence for K steps, K bounded by the next certain finish, the free b
 preempted: it loses its blocks, goes to the front of the queue and is prefilled again later, with
 the tokens it has. Admission leaves a free block for each running sequence, so that a window
 always runs between a preemption and the next admission, and the engine always advances.
+
+Guided sequences (guided.py) take turns with the free ones' windows. Their step is two launches: the
+first is planned before their last tokens are read, the second, with the masks, after that.
 """
 
 from collections import deque
@@ -160,10 +163,15 @@ class Scheduler:
             return failure("bad_token_ids", f"token id {wrong} {limit}")
         if (wrong := self._unknown_token(stop_token_ids)) is not None:
             return failure("bad_parameters", f"stop token id {wrong} {limit}")
-        if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        max_length = self._max_model_len
+        if sampling.max_tokens is not None:
+            max_length = min(max_length, length + sampling.max_tokens)
+        sequence = Sequence(request, max_length, stop_token_ids, matcher)
+        if (num_stops := len(sequence.stop_token_ids)) > MAX_STOP_TOKEN_IDS:
             return failure(
                 "bad_parameters",
-                f"{len(stop_token_ids)} stop token ids, eos included; at most {MAX_STOP_TOKEN_IDS}",
+                f"{num_stops} stop token ids, eos and the end of a thought included; at most "
+                f"{MAX_STOP_TOKEN_IDS}",
             )
         if (wrong := self._unknown_token(tokens_named_by(sampling))) is not None:
             return failure("bad_parameters", f"token id {wrong} of a setting {limit}")
@@ -172,10 +180,6 @@ class Scheduler:
             return failure(
                 "bad_parameters", f"{most} likeliest tokens of a vocabulary of {self._vocab_size}"
             )
-        max_length = self._max_model_len
-        if sampling.max_tokens is not None:
-            max_length = min(max_length, length + sampling.max_tokens)
-        sequence = Sequence(request, max_length, stop_token_ids, matcher)
         assert request.request_id not in self._by_id, f"request {request.request_id} runs already"
         self._by_id[request.request_id] = sequence
         self._waiting.append(sequence)

@@ -31,7 +31,7 @@ Ended = dict[int, Completion | Failure]
 
 
 def engine(**config: Any) -> Engine:
-    return Engine.from_checkpoint(MODEL, EngineConfig(device="cpu", **config))
+    return Engine.from_checkpoint(MODEL, EngineConfig(**{"device": "cpu", **config}))
 
 
 def ask(request_id: int, prompt: Seq[int] = QUESTION, **sampling: Any) -> Request:
@@ -82,10 +82,10 @@ def text_of(completion: Completion) -> str:
     return TOKENIZER.decode(token_ids, skip_special_tokens=False)
 
 
-def check_rows(num_rows: int, num_schemas: int) -> None:
+def check_rows(num_rows: int, num_schemas: int, **config: Any) -> None:
     """Rows drawn at temperature 1, by a model that knows nothing of JSON."""
     requests = [wants_json(i, num_schemas, max_tokens=80) for i in range(num_rows)]
-    running = engine(max_num_seqs=256)
+    running = engine(**{"max_num_seqs": 256, **config})
     ended = completed(running, requests)
     stopped = {i: c for i, c in ended.items() if c.finish_reason == "stop"}
     assert len(stopped) > 0.6 * num_rows
@@ -102,6 +102,12 @@ def test_1000_rows_of_50_schemas_validate_where_they_stop() -> None:
 @pytest.mark.long
 def test_10000_rows_of_500_schemas_validate_where_they_stop() -> None:
     check_rows(10_000, 500)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [{}, {"enforce_eager": True}, {"max_num_seqs": 600}])
+def test_rows_on_a_gpu_validate_where_they_stop(config: dict[str, Any]) -> None:
+    check_rows(800, 40, device="cuda", **config)
 
 
 # --- who runs beside whom, and how
@@ -151,6 +157,22 @@ def test_rows_answer_in_any_company_as_they_do_alone(
     running = engine(**config)
     assert tokens(running, MIXED) == alone
     if "kv_cache_bytes" in config:
+        assert running.stats.num_preemptions > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [{}, {"block_size": 16, "kv_cache_bytes": 1 << 20}])
+def test_mixed_rows_on_a_gpu_end_as_they_must(config: dict[str, Any]) -> None:
+    """A product's last bits depend on the batch there, so their tokens may differ from alone."""
+    running = engine(device="cuda", max_model_len=128, **config)
+    ended = completed(running, MIXED)
+    for request in MIXED[12:]:
+        completion = ended[request.request_id]
+        if completion.finish_reason == "stop":
+            text = text_of(completion).rpartition("</think>")[2]
+            check_json(text, random_schema(request.request_id % 7))
+    assert sum(c.finish_reason == "stop" for c in ended.values()) > 10
+    if config:
         assert running.stats.num_preemptions > 0
 
 
@@ -282,6 +304,19 @@ def test_a_rows_own_stop_token_stops_it_inside_its_grammar() -> None:
     completion = completed(engine(), [ask(0, grammar=grammar, stop_token_ids=(comma,))])[0]
     assert completion.finish_reason == "stop"
     assert TOKENIZER.decode(completion.token_ids.tolist()) == "one,"
+
+
+def test_the_end_of_a_thought_counts_as_a_stop_token() -> None:
+    grammar = grammar_text("regex", "a")
+    stops = tuple(range(10, 24))
+    running = engine()
+    failure = running.add(
+        ask(0, grammar=grammar, grammar_after_token_id=END_THINK, stop_token_ids=stops)
+    )
+    assert failure is not None
+    assert (failure.code, "17 stop token ids" in failure.message) == ("bad_parameters", True)
+    assert running.add(ask(0, grammar=grammar, stop_token_ids=stops)) is None
+    assert running.add(ask(1, grammar_after_token_id=END_THINK, stop_token_ids=stops)) is None
 
 
 def test_reported_tokens_are_those_of_the_completion_forced_ones_included() -> None:
