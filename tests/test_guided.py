@@ -161,7 +161,7 @@ def test_rows_answer_in_any_company_as_they_do_alone(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [{}, {"block_size": 16, "kv_cache_bytes": 1 << 20}])
+@pytest.mark.parametrize("config", [{}, {"block_size": 16, "kv_cache_bytes": 3 << 18}])
 def test_mixed_rows_on_a_gpu_end_as_they_must(config: dict[str, Any]) -> None:
     """A product's last bits depend on the batch there, so their tokens may differ from alone."""
     running = engine(device="cuda", max_model_len=128, **config)

@@ -4,7 +4,7 @@
     python tests/performance/structured_output.py --rows 32 --tokens 64     # a CPU, sample model
 
 With a name, the model has random weights in that size, and the tokenizer is made here: byte-level
-BPE of as many of Qwen3's 151,643 tokens as the Python files beside this interpreter give, padded to
+BPE of as many of Qwen3's 151,643 tokens as the installed packages' Python files give, padded to
 the model's vocabulary. Every row has --prompt tokens of its own and --tokens more, at temperature
 1: free rows never stop, and the schema's array is longer than they are. Both give as many tokens;
 the model likes every token as well as any other, and forced ones come as often as the schema has
@@ -15,7 +15,6 @@ import argparse
 import json
 import random
 import statistics
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
 
 from nanovllm_cli.builtin_configs import builtin_config
@@ -70,7 +70,9 @@ def make_tokenizer(path: Path, vocab_size: int) -> tuple[int, int]:
 
     def texts() -> Iterator[str]:
         left = MAX_CHARACTERS
-        for file in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
+        files = sorted(Path(tokenizers.__file__).parent.parent.rglob("*.py"))
+        random.Random(0).shuffle(files)
+        for file in files:
             text = file.read_text(encoding="utf-8", errors="replace")
             yield text
             left -= len(text)
