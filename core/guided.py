@@ -44,23 +44,21 @@ def forced_token_ids(sequence: Sequence) -> list[int]:
     return list(takewhile(lambda i: i not in sequence.stop_token_ids, forced[:room]))
 
 
-def worth_forcing(sequences: Seq[Sequence | None], masks: TokenMasks | None) -> dict[int, Sequence]:
+def worth_forcing(sequences: Seq[Sequence | None], masks: TokenMasks) -> list[Sequence]:
     """Those of a step's rows that go on with forced tokens, where a prefill is worth its time.
 
     It takes about as long as a step, which gives a token for every row. A mask with one word is
     where to look: to ask llguidance takes longer than the mask did.
     """
-    if masks is None:
-        return {}
-    worth, num_forced = {}, 0
+    worth, num_forced = [], 0
     for row, words in zip(masks.rows.tolist(), masks.words, strict=True):
         sequence = sequences[row]
         if sequence is not None and np.count_nonzero(words) == 1:
             count = len(forced_token_ids(sequence))
             if count >= LEAST_FORCED:
-                worth[row] = sequence
+                worth.append(sequence)
                 num_forced += count
-    return worth if num_forced >= len(masks.rows) else {}
+    return worth if num_forced >= len(masks.rows) else []
 
 
 def ends_thought(sequence: Sequence, token_id: int) -> bool:

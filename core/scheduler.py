@@ -32,6 +32,7 @@ from nanovllm_cli.core.batch import (
     PrefillBatch,
     RowNeeds,
     SampleBatch,
+    TokenMasks,
 )
 from nanovllm_cli.core.block_manager import BlockManager
 from nanovllm_cli.core.grammar import GrammarError, Grammars
@@ -107,8 +108,9 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}  # by request id, in order of admission
         self._chunked: Sequence | None = None  # the running one whose prompt is not done
         self._resumed: deque[Sequence] = deque()  # running ones that go on by a prefill
-        self._forwarded: list[Sequence | None] = []  # rows of a step whose other half is to come
+        self._forwarded: list[Sequence] = []  # rows of a step whose other half is to come
         self._forwarded_slots = _slots_of([])
+        self._masked: tuple[list[Sequence | None], TokenMasks] | None = None  # of the last step
         self._free_went_last = False  # of free and guided rows, who take turns
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._num_asking = 0  # running ones that ask more than tokens
@@ -205,10 +207,14 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next launch, or None where there is nothing to do before tokens are read."""
-        live = (s for s in self._forwarded if s is not None)
-        if any(s.num_in_flight_tokens for s in live if s.status is SequenceStatus.RUNNING):
+        live = (s for s in self._forwarded if s.status is SequenceStatus.RUNNING)
+        if any(s.num_in_flight_tokens for s in live):
             return None  # their masks depend on tokens that are still to be read
-        return self._schedule_sample() or self._schedule_prefill() or self._schedule_decode()
+        sample = self._schedule_sample()
+        if sample is not None:
+            return sample
+        self._fast_forward()
+        return self._schedule_prefill() or self._schedule_decode()
 
     def update(self, result: BatchResult) -> list[Output]:
         """Take in the oldest launch's tokens; returns what has finished, failed or moved on."""
@@ -268,11 +274,7 @@ class Scheduler:
 
         Windows that are launched already do nothing for a sequence that has stopped.
         """
-        for launched in self._launched:
-            for row, other in enumerate(launched.sequences):
-                if other is sequence:
-                    launched.sequences[row] = None
-        sequence.num_in_flight_tokens = 0
+        self._drop_in_flight(sequence)
         num_stored = sequence.num_tokens - 1
         self._force(sequence)
         if sequence.slot is None:  # its last step was launched, and it has left
@@ -428,7 +430,7 @@ class Scheduler:
         update = self._take_block_table_update()
         self._free_went_last = not is_guided
         if is_guided:
-            self._forwarded, self._forwarded_slots = [*sequences], slots
+            self._forwarded, self._forwarded_slots = sequences, slots
             return ForwardBatch(admissions=(), block_table_update=update, slots=slots)
         needs = self._needs(sequences)
         self._launch(sequences, num_steps)
@@ -446,20 +448,38 @@ class Scheduler:
 
     def _schedule_sample(self) -> SampleBatch | None:
         """The other half of the guided rows' step, for those that still want its token."""
-        rows, self._forwarded = self._forwarded, []
-        rows = [s if s is not None and s.status is SequenceStatus.RUNNING else None for s in rows]
+        forwarded, self._forwarded = self._forwarded, []
+        rows = [s if s.status is SequenceStatus.RUNNING else None for s in forwarded]
         needs = self._needs(rows)
-        masks = None if needs is None else needs.masks
-        for row, sequence in worth_forcing(rows, masks).items():
-            num_stored = sequence.num_tokens
+        if needs is None or needs.masks is None:
+            return None
+        self._launch(rows, 1)
+        self._masked = rows, needs.masks
+        return SampleBatch(slots=self._forwarded_slots, needs=needs)
+
+    def _fast_forward(self) -> None:
+        """Put sequences into the next prefill that go on with tokens known without a step.
+
+        While the device draws the last ones: what it draws for these is of no use.
+        """
+        if self._masked is None:
+            return
+        (rows, masks), self._masked = self._masked, None
+        running = [s if s is not None and s.slot is not None else None for s in rows]
+        for sequence in worth_forcing(running, masks):
+            num_stored = sequence.planned_length - 1
+            self._drop_in_flight(sequence)
             self._force(sequence)
             sequence.set_stored(num_stored)
             self._resumed.append(sequence)
-            rows[row] = None  # what is drawn for it is of no use
-        if not any(rows):
-            return None
-        self._launch(rows, 1)
-        return SampleBatch(slots=self._forwarded_slots, needs=needs)
+
+    def _drop_in_flight(self, sequence: Sequence) -> None:
+        """What launches not yet read draw for a sequence is of no use."""
+        for launched in self._launched:
+            for row, other in enumerate(launched.sequences):
+                if other is sequence:
+                    launched.sequences[row] = None
+        sequence.num_in_flight_tokens = 0
 
     def _launch(self, sequences: Seq[Sequence | None], num_steps: int) -> None:
         """Count on tokens of a decode launch."""
