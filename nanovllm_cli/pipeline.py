@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm_cli import __version__
-from nanovllm_cli.core.config import EngineConfig
+from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.engine import Engine
 from nanovllm_cli.core.engine_child import EngineChild
 from nanovllm_cli.core.engine_process import EngineProcess
 from nanovllm_cli.core.engine_replicas import EngineReplicas
+from nanovllm_cli.core.grammar import GrammarError, Grammars
 
 from .exit_code import CommandError, ExitCode
 from .feeder import Feeder, to_prompts
@@ -93,6 +94,7 @@ def _generate(
         settings = fingerprint(
             options, model=model, tokenizer=_tokenizer_path(options, model), sampling=sampling
         )
+        _check_grammar(sampling.get("grammar"), model, _tokenizer_path(options, model))
         output = open_output(options, sources, settings)
     try:
         with totals.phase("resume"):
@@ -180,6 +182,18 @@ def _tokenizer_path(options: GenerateOptions, model: Path) -> Path:
     if options.tokenizer is None:
         return model
     return resolve_model(options.tokenizer, offline=options.offline)
+
+
+def _check_grammar(grammar: str | None, model: Path, tokenizer: Path) -> None:
+    """Compile the flags' grammar for the model's tokens: it may name some that there are not."""
+    if grammar is None:
+        return
+    sizes = ModelConfig.from_directory(model)
+    grammars = Grammars(tokenizer, vocab_size=sizes.vocab_size, eos_token_ids=sizes.eos_token_ids)
+    try:
+        grammars.matcher(grammar)
+    except GrammarError as error:
+        raise CommandError(f"the rows' grammar cannot be used with this model: {error}") from None
 
 
 def _metrics_file(options: GenerateOptions) -> MetricsFile | None:

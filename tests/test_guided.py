@@ -19,7 +19,7 @@ from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output, Re
 from nanovllm_cli.core.sampling_params import SamplingParams
 from nanovllm_cli.structured_output import grammar_text
 
-from .cli import SAMPLE, generate, read_rows, run, write_rows
+from .cli import SAMPLE, call, generate, read_rows, run, write_rows
 from .schemas import EOS, MODEL, check_json, grammar_of_schema, random_schema
 
 TOKENIZER = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
@@ -466,6 +466,32 @@ def test_the_command_makes_json_of_chats_that_think_and_of_prompts(tmp_path: Pat
     [failed] = read_rows(tmp_path / "out.jsonl.errors.jsonl")
     assert (failed["id"], failed["error"]["code"]) == ("bad", "bad_grammar")
     assert failed["line"] == len(rows)
+
+
+def test_a_grammar_is_for_the_tokens_of_the_tokenizer_that_is_named(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in MODEL.iterdir():
+        if not path.name.startswith("tokenizer"):
+            (model / path.name).symlink_to(path)
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "Q: 3+4=\nA:"}])
+    ended = call(
+        *("generate", source, "--model", model, "--tokenizer", MODEL, "-q", "--choice", " 6, 7"),
+    )
+    assert (ended.code, [row["completion"] for row in ended.rows]) == (0, [" 7"]), ended.stderr
+
+
+def test_a_flags_grammar_of_unknown_tokens_ends_the_command(tmp_path: Path) -> None:
+    """Only the model's tokenizer knows which there are."""
+    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "x"}])
+    (tmp_path / "g.lark").write_text("start: <|nobody_knows_it|>")
+    ended = generate(source, "--grammar", tmp_path / "g.lark")
+    assert ended.code == 2
+    assert "nobody_knows_it" in ended.stderr
+    rows = [{"prompt": "x", "guided_grammar": "start: <|nobody_knows_it|>"}, {"prompt": "x"}]
+    ended = generate(write_rows(source, rows), "--max-tokens", "2")
+    assert ended.code == 3
+    assert "bad_grammar" in ended.stderr
 
 
 def test_ranks_and_replicas_write_the_bytes_of_one_engine(tmp_path: Path) -> None:
