@@ -1,7 +1,8 @@
 """Staging: the pinned host memory through which launches go to the GPU and their tokens come back.
 
-Allocated once: to pin memory on the way waits for everything that the GPU has been given, and then
-takes 0.6 ms (H200, driver 580). Filled by numpy, on the calling thread alone.
+Allocated once, and again where a launch needs more: to pin memory on the way waits for everything
+that the GPU has been given, and then takes 0.6 ms (H200, driver 580). Filled by numpy, on the
+calling thread alone.
 """
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_BYTES = 8 << 20  # 12 bytes for each of 32,768 tokens, 12 for each of 600,000 new blocks
+_BYTES = 8 << 20  # 12 bytes for each of 32,768 tokens, or masks of 400 rows at 151,936 tokens
 _ALIGNMENT = 16
 
 
@@ -43,9 +44,13 @@ class Staging:
 
     def host_tensor(self, shape: tuple[int, ...]) -> Tensor:
         """An uninitialized pinned int32 tensor, good until the arena's turn comes again."""
-        start = self._used
-        end = start + 4 * torch.Size(shape).numel()
-        if end > _BYTES:  # the block tables of very long prompts, all at once
-            return torch.empty(shape, dtype=torch.int32, pin_memory=True)
+        num_bytes = 4 * torch.Size(shape).numel()
+        arena = self._arenas[self._current]
+        if self._used + num_bytes > len(arena):
+            # Who has a part of the old one keeps it. The next launches may need as much.
+            num_needed = 2 * (self._used + num_bytes)
+            arena = torch.empty(num_needed, dtype=torch.uint8, pin_memory=True)
+            self._arenas[self._current], self._used = arena, 0
+        start, end = self._used, self._used + num_bytes
         self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
-        return self._arenas[self._current][start:end].view(torch.int32).view(shape)
+        return arena[start:end].view(torch.int32).view(shape)

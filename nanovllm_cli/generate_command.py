@@ -20,6 +20,7 @@ from .settings import option
 from .shard import Shard
 from .signals import Signals
 from .start_job import start_job
+from .structured_output import grammar_of_flags
 
 _SAMPLING = sampling_flags.SAMPLING
 
@@ -106,6 +107,10 @@ def generate_command(
     ignore_eos: bool = option(
         False, "--ignore-eos", panel=_SAMPLING, help="Generate on after the end of the text."
     ),
+    json_schema: sampling_flags.JsonSchema = None,
+    regex: sampling_flags.Regex = None,
+    choice: sampling_flags.Choice = None,
+    grammar: sampling_flags.Grammar = None,
     n: int = option(1, "--n", panel=_SAMPLING, help="Completions for each row."),
     best_of: sampling_flags.BestOf = None,
     logprobs: sampling_flags.Logprobs = None,
@@ -173,6 +178,9 @@ def generate_command(
             else sampling_flags.parse_logit_bias(logit_bias),
             "logprobs": logprobs,
             "prompt_logprobs": prompt_logprobs,
+            "grammar": grammar_of_flags(
+                json_schema=json_schema, regex=regex, choice=choice, grammar=grammar
+            ),
         }
         sampling: dict[str, Any] = {
             name: value for name, value in chosen.items() if value is not None

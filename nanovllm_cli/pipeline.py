@@ -5,17 +5,20 @@ are checked first, then the model's files, and only then are the weights loaded,
 rows are already being tokenized. A job whose rows are all done loads nothing.
 """
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanovllm_cli import __version__
-from nanovllm_cli.core.config import EngineConfig
+from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.engine import Engine
 from nanovllm_cli.core.engine_child import EngineChild
 from nanovllm_cli.core.engine_process import EngineProcess
 from nanovllm_cli.core.engine_replicas import EngineReplicas
+from nanovllm_cli.core.grammar import GrammarError, Grammars
 
 from .exit_code import CommandError, ExitCode
 from .feeder import Feeder, to_prompts
@@ -92,6 +95,7 @@ def _generate(
         settings = fingerprint(
             options, model=model, tokenizer=_tokenizer_path(options, model), sampling=sampling
         )
+        _check_grammar(sampling.get("grammar"), model, _tokenizer_path(options, model))
         output = open_output(options, sources, settings)
     try:
         with totals.phase("resume"):
@@ -139,7 +143,9 @@ def _run(
     progress.say("start", f"{totals.counts()}; loading {options.model}")
     try:
         with totals.phase("load"):
-            engine = load(model, options.engine)  # a process of its own loads meanwhile
+            path = os.fspath(_tokenizer_path(options, model).absolute())
+            # A process of its own loads meanwhile.
+            engine = load(model, replace(options.engine, tokenizer_path=path))
             tokenizer = load_tokenizer(options, model)
             prompts = output.missing(to_prompts(output.watch(rows), options.prompt))
             feeder = Feeder(prompts, tokenizer, options.rows_in_flight)
@@ -177,6 +183,18 @@ def _tokenizer_path(options: GenerateOptions, model: Path) -> Path:
     if options.tokenizer is None:
         return model
     return resolve_model(options.tokenizer, offline=options.offline)
+
+
+def _check_grammar(grammar: str | None, model: Path, tokenizer: Path) -> None:
+    """Compile the flags' grammar for the model's tokens: it may name some that there are not."""
+    if grammar is None:
+        return
+    sizes = ModelConfig.from_directory(model)
+    grammars = Grammars(tokenizer, vocab_size=sizes.vocab_size, eos_token_ids=sizes.eos_token_ids)
+    try:
+        grammars.matcher(grammar)
+    except GrammarError as error:
+        raise CommandError(f"the rows' grammar cannot be used with this model: {error}") from None
 
 
 def _metrics_file(options: GenerateOptions) -> MetricsFile | None:

@@ -71,6 +71,8 @@ class RowPlanner:
             fields["bad_words"] = self._tokenizer.bad_words(settings.bad_words)
         if settings.thinking_budget is not None or options.thinking_budget is not None:
             fields |= self._thinking_budget(prompt, token_ids)
+        if fields.get("grammar") is not None and prompt.messages is not None:
+            fields["grammar_after_token_id"] = self._tokenizer.end_think_of(token_ids)
         shows_logprobs = fields.get("logprobs") is not None
         if settings.echo and shows_logprobs:
             fields.setdefault("prompt_logprobs", fields["logprobs"])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from nanovllm_cli.core.sampling_params import MAX_BAD_WORDS, SamplingParams
 
 from . import setting_values as values
+from . import structured_output
 from .refusal import Refused, shown
 from .setting_values import MAX_OWN_STOP_TOKEN_IDS, MAX_SAMPLES, MAX_STOP_STRINGS, MAX_TOKEN_ID
 from .tool_calls import Tools, checked_tools
@@ -43,6 +44,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tools": (values.is_list, "a list of tools"),
     "tool_choice": (values.is_tool_choice, "'auto' or 'none'; no call can be forced"),
     "parallel_tool_calls": (values.is_bool, "true or false"),
+    **structured_output.SETTINGS,
 }
 _NOT_OF_SAMPLING = {  # no fields of SamplingParams
     *("n", "best_of", "stop", "bad_words", "truncate_prompt_tokens", "thinking_budget"),
@@ -51,8 +53,7 @@ _NOT_OF_SAMPLING = {  # no fields of SamplingParams
 # Settings of vLLM, OpenAI and transformers that are not ours, with ours to use instead.
 _FOREIGN_SETTINGS: dict[str, str | None] = {
     **dict.fromkeys([
-        "length_penalty", "allowed_token_ids", "guided_json", "guided_regex", "guided_choice",
-        "guided_grammar", "structured_outputs", "response_format", "echo", "suffix", "num_beams",
+        "length_penalty", "allowed_token_ids", "echo", "suffix", "num_beams",
         "use_beam_search", "typical_p", "no_repeat_ngram_size", "detokenize", "stream",
         "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
         "stream_options", "chat_template", "add_generation_prompt",
@@ -142,6 +143,7 @@ def parse_settings(fields: Mapping[str, Any], place: str) -> RowSettings:
             own[name] = value
         else:
             sampling[name] = float(value) if name in _NUMBERS else value
+    sampling |= structured_output.take_grammar(sampling, place)
     if sampling.get("top_k") in (-1, 0):
         sampling["top_k"] = None  # off, as vLLM and transformers spell it
     if "stop_token_ids" in sampling:

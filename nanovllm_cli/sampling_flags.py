@@ -57,6 +57,32 @@ PromptLogprobs = Annotated[
     int | None,
     shared_option("--prompt-logprobs", panel=SAMPLING, metavar="K", help="The same of prompts."),
 ]
+JsonSchema = Annotated[
+    str | None,
+    shared_option(
+        "--json-schema", panel=SAMPLING, metavar="FILE", help="Completions are JSON of this schema."
+    ),
+]
+Regex = Annotated[
+    str | None,
+    shared_option(
+        "--regex", panel=SAMPLING, metavar="TEXT",
+        help="Completions match this regular expression, from their beginning to their end.",
+    ),
+]  # fmt: skip
+Choice = Annotated[
+    str | None,
+    shared_option(
+        "--choice", panel=SAMPLING, metavar="A,B,...", help="Completions are one of these."
+    ),
+]
+Grammar = Annotated[
+    str | None,
+    shared_option(
+        "--grammar", panel=SAMPLING, metavar="FILE",
+        help="Completions are of this grammar, in Lark's notation or GBNF.",
+    ),
+]  # fmt: skip
 
 
 def parse_logit_bias(text: str) -> tuple[tuple[int, float], ...]:

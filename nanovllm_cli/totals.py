@@ -116,6 +116,7 @@ class Totals:
                 "decode_steps": engine.num_decode_steps,
                 "mean_batch": round(engine.num_decode_slots / max(engine.num_decode_steps, 1), 2),
                 "preemptions": engine.num_preemptions,
+                "forced_tokens": engine.num_forced_tokens,
                 "attention_backend": self.attention_backend,
                 "restarts": self.num_restarts,
                 "prefill_seconds": round(engine.prefill_seconds, 3),

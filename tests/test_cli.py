@@ -154,6 +154,10 @@ FILES = ("--template-file", "--prefix-file")
 def test_every_environment_variable_does_what_its_flag_does(
     command: str, chosen: list[GenerateOptions], tmp_path: Path
 ) -> None:
+    (tmp_path / "schema.json").write_text("{}")
+    (tmp_path / "yes.lark").write_text('start: "yes"')
+    files = {"--json-schema": tmp_path / "schema.json", "--grammar": tmp_path / "yes.lark"}
+    values = {**VALUES, **{name: str(path) for name, path in files.items()}}
     number = 0
     (tmp_path / "text").write_text("x")
     values = {**VALUES, **dict.fromkeys(FILES, str(tmp_path / "text"))}

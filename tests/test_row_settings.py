@@ -10,9 +10,9 @@ from nanovllm_cli.row_settings import RowSettings
 from .parsing import TOOL, USER, bad, chat_line, good
 
 SETTINGS_OF_OTHERS = """
-length_penalty allowed_token_ids guided_json guided_regex guided_choice structured_outputs
-response_format echo suffix do_sample num_beams typical_p include_stop_str_in_output
-skip_special_tokens detokenize stream top_logprobs reasoning_effort functions function_call
+length_penalty allowed_token_ids echo suffix do_sample num_beams typical_p
+include_stop_str_in_output skip_special_tokens detokenize stream top_logprobs
+reasoning_effort functions function_call
 """
 DATA_COLUMNS = """
 text label source score category tokens id2 stops seeds speed step steps top top_1 max min maximum
