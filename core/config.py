@@ -184,6 +184,7 @@ class EngineConfig:
     max_launches_in_flight: int | None = None  # not yet read; None: 0 on a CPU, 1 on a GPU
     num_threads: int | None = None  # on a CPU; None: one for each core
     hash_bits: int = 64  # of a prefix hash; small ones only to test collisions
+    tokenizer_path: str | None = None  # a directory, for grammars; None: the checkpoint's
 
     def __post_init__(self) -> None:
         for name, value, choices in (

@@ -4,8 +4,10 @@
 `max_launches_in_flight` above 0 the host plans and reads while the device works.
 """
 
+import os
 import time
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.cpu_runner import CpuRunner
 from nanovllm_cli.core.gpu_errors import check_weights_fit, gpu_errors
 from nanovllm_cli.core.gpu_runner import GpuRunner
+from nanovllm_cli.core.grammar import Grammars
 from nanovllm_cli.core.loader import load_random_weights, load_weights
 from nanovllm_cli.core.parallel import ALONE, TensorParallel
 from nanovllm_cli.core.qwen3 import Qwen3
@@ -64,6 +67,11 @@ class Engine:
             max_num_seqs=resolved.max_num_seqs,
             max_num_batched_tokens=resolved.max_num_batched_tokens,
             max_window_steps=resolved.max_window_steps,
+            grammars=Grammars(
+                None if config.tokenizer_path is None else Path(config.tokenizer_path),
+                vocab_size=model_config.vocab_size,
+                eos_token_ids=model_config.eos_token_ids,
+            ),
         )
         self._max_launches_in_flight = resolved.max_launches_in_flight
         self._launches: deque[tuple[Launch, bool]] = deque()  # whether it is a decode window
@@ -80,6 +88,8 @@ class Engine:
 
         With several ranks this process is the first of them and starts the others.
         """
+        if config.tokenizer_path is None and isinstance(source, Path):
+            config = replace(config, tokenizer_path=os.fspath(source))
         ranks = start_ranks(source, sizes_of(source), config)
         try:
             model = load_model(source, config, ALONE if ranks is None else ranks.parallel)

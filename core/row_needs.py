@@ -108,24 +108,22 @@ class ResultLogprobs:
         self._index_of_row = {row: index for index, row in enumerate(rows)}
         self._target_bounds = list(accumulate(target_counts, initial=0))
 
-    def give_to(self, sequence: Sequence, row: int, num_tokens: int) -> Logprobs | None:
-        """Add a row's to what its sequence has; those of its first `num_tokens` tokens here."""
+    def give_to(self, sequence: Sequence, row: int, num_tokens: int) -> None:
+        """Add a row's to what its sequence has; of its tokens here the first `num_tokens` count."""
         if self._prompt is not None:
             start, end = self._target_bounds[row], self._target_bounds[row + 1]
             if start < end:
                 k = sequence.num_prompt_logprobs
                 sequence.prompt_logprobs.append(_some(self._prompt, slice(start, end), k))
         if self._own is None or row not in self._index_of_row or not num_tokens:
-            return None
+            return
         index = self._index_of_row[row]
         of_row = Logprobs(
             values=self._own.values[index],
             top_ids=self._own.top_ids[index],
             top_values=self._own.top_values[index],
         )
-        new = _some(of_row, slice(num_tokens), sequence.num_logprobs)
-        sequence.logprobs.append(new)
-        return new
+        sequence.logprobs.append(_some(of_row, slice(num_tokens), sequence.num_logprobs))
 
 
 def _some(logprobs: Logprobs, tokens: slice, k: int | None) -> Logprobs:

@@ -25,16 +25,27 @@ from nanovllm_cli.core.batch import (
     BatchResult,
     BlockTableUpdate,
     DecodeBatch,
+    ForwardBatch,
     PrefillBatch,
+    RowNeeds,
+    SampleBatch,
     Twins,
 )
 from nanovllm_cli.core.block_manager import BlockManager
+from nanovllm_cli.core.grammar import GrammarError, Grammars
+from nanovllm_cli.core.guided import (
+    ends_thought,
+    forced_token_ids,
+    is_dead_end,
+    is_whole,
+    with_masks,
+    worth_forcing,
+)
 from nanovllm_cli.core.request import (
     Completion,
     Failure,
     FailureCode,
     FinishReason,
-    Logprobs,
     NewTokens,
     Output,
     Request,
@@ -52,11 +63,15 @@ from nanovllm_cli.core.sampling_params import MAX_STOP_TOKEN_IDS
 from nanovllm_cli.core.sequence import Sequence, SequenceStatus
 from nanovllm_cli.core.stats import EngineStats
 
+# Of free rows, between the steps of guided ones: one of these takes as long as a window's, and both
+# should get on.
+MAX_STEPS_BESIDE_GUIDED = 4
+
 
 class _Launched(NamedTuple):
     """A launch that is not yet read: its rows."""
 
-    sequences: list[Sequence]
+    sequences: list[Sequence | None]  # None: what it gives is not wanted any more
     num_planned: list[int]  # tokens of each
     target_counts: list[int]  # prompt tokens of each that it gives log-probabilities of, if any
 
@@ -74,6 +89,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_window_steps: int,
+        grammars: Grammars | None = None,
     ) -> None:
         self._block_manager = block_manager
         self._vocab_size = vocab_size
@@ -82,11 +98,19 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_window_steps = max_window_steps
+        self._grammars = grammars or Grammars(
+            None, vocab_size=vocab_size, eos_token_ids=self._eos_token_ids
+        )
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}  # by request id, in order of admission
         self._chunked: Sequence | None = None  # the running one whose prompt is not done
+        self._resumed: deque[Sequence] = deque()  # running ones that go on by a prefill
+        self._forwarded: list[Sequence | None] = []  # rows of a step whose other half is to come
+        self._forwarded_slots = _slots_of([])
+        self._free_went_last = False  # of free and guided rows, who take turns
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._num_asking = 0  # running ones that ask more than tokens
+        self._num_with_grammar = 0  # likewise
         self._launched: deque[_Launched] = deque()
         self._by_id: dict[int, Sequence] = {}
         self._new_admissions: list[Admission] = []
@@ -111,6 +135,14 @@ class Scheduler:
         sampling = request.sampling
         length = len(request.prompt_token_ids)
         eos = () if sampling.ignore_eos else self._eos_token_ids
+        matcher = None
+        if sampling.grammar is not None:
+            try:
+                matcher = self._grammars.matcher(sampling.grammar)
+            except GrammarError as error:
+                code: FailureCode = "bad_grammar"
+                return Failure(request_id=request.request_id, code=code, message=str(error))
+            eos = self._grammars.eos_token_ids  # they end it where it is whole, and only there
         stop_token_ids = tuple(dict.fromkeys((*eos, *sampling.stop_token_ids)))
 
         def failure(code: FailureCode, message: str) -> Failure:
@@ -144,7 +176,7 @@ class Scheduler:
         max_length = self._max_model_len
         if sampling.max_tokens is not None:
             max_length = min(max_length, length + sampling.max_tokens)
-        sequence = Sequence(request, max_length, stop_token_ids)
+        sequence = Sequence(request, max_length, stop_token_ids, matcher)
         assert request.request_id not in self._by_id, f"request {request.request_id} runs already"
         self._by_id[request.request_id] = sequence
         self._waiting.append(sequence)
@@ -170,7 +202,10 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next launch, or None where there is nothing to do before tokens are read."""
-        return self._schedule_prefill() or self._schedule_decode()
+        live = (s for s in self._forwarded if s is not None)
+        if any(s.num_in_flight_tokens for s in live if s.status is SequenceStatus.RUNNING):
+            return None  # their masks depend on tokens that are still to be read
+        return self._schedule_sample() or self._schedule_prefill() or self._schedule_decode()
 
     def update(self, result: BatchResult) -> list[Output]:
         """Take in the oldest launch's tokens; returns what has finished, failed or moved on."""
@@ -180,44 +215,83 @@ class Scheduler:
             logprobs = ResultLogprobs(result, target_counts)
         outputs: list[Output] = []
         for i, sequence in enumerate(sequences):
-            if sequence.status is SequenceStatus.FINISHED:
+            if sequence is None or sequence.status is SequenceStatus.FINISHED:
                 continue
             sequence.num_in_flight_tokens -= num_planned[i]
             if result.is_nan[i]:
-                self._finish(sequence)
-                length = sequence.num_tokens + int(result.num_tokens[i]) - 1
-                outputs.append(
-                    Failure(
-                        request_id=sequence.request.request_id,
-                        code="nan_logits",
-                        message=f"the logits after {length} tokens are not finite",
-                    )
-                )
+                outputs.append(self._fail(sequence, int(result.num_tokens[i]) - 1))
                 continue
             token_ids = result.token_ids[i, : result.num_tokens[i]]
-            own = None
             if logprobs is not None:
-                own = logprobs.give_to(sequence, i, len(token_ids))
+                logprobs.give_to(sequence, i, len(token_ids))
             if not len(token_ids):
                 continue
-            sequence.append(token_ids)
-            self.stats.num_completion_tokens += len(token_ids)
-            if result.is_stopped[i]:
-                outputs.append(self._complete(sequence, "stop"))
-            elif sequence.num_tokens >= sequence.max_length:
-                outputs.append(self._complete(sequence, "length"))
-            else:
-                if sequence.slot is not None:
-                    self._publish(sequence)
-                if sequence.request.reports_tokens:
-                    outputs.append(self._new_tokens(sequence, token_ids, own))
+            output = self._take_tokens(sequence, token_ids, is_stopped=bool(result.is_stopped[i]))
+            if output is not None:
+                outputs.append(output)
         return outputs
+
+    def _take_tokens(
+        self, sequence: Sequence, token_ids: TokenIds, *, is_stopped: bool
+    ) -> Output | None:
+        """What becomes of a sequence with tokens that were drawn for it."""
+        begins_grammar = is_stopped and ends_thought(sequence, int(token_ids[-1]))
+        if sequence.is_guided and sequence.matcher is not None:
+            sequence.matcher.accept(token_ids.tolist())
+        self._append(sequence, token_ids)
+        if begins_grammar:
+            sequence.end_thought()
+        if is_stopped and not begins_grammar:
+            return self._complete(sequence, "stop")
+        if sequence.num_tokens >= sequence.max_length:
+            return self._complete(sequence, "length")
+        if begins_grammar:
+            self._begin_grammar(sequence)
+        elif is_whole(sequence):
+            # Nothing but eos may follow: no step is needed for it.
+            self._append(sequence, self._grammars.eos_token_ids[:1])
+            sequence.set_stored(sequence.num_tokens - 2)
+            return self._complete(sequence, "stop")
+        if sequence.slot is not None:
+            self._publish(sequence)
+        return self._new_tokens(sequence) if sequence.request.reports_tokens else None
+
+    def _append(self, sequence: Sequence, token_ids: Seq[int] | TokenIds) -> None:
+        sequence.append(np.asarray(token_ids, dtype=np.int32))
+        self.stats.num_completion_tokens += len(token_ids)
+
+    def _begin_grammar(self, sequence: Sequence) -> None:
+        """A thought has ended: what follows is guided, from the token after it on.
+
+        Windows that are launched already do nothing for a sequence that has stopped.
+        """
+        for launched in self._launched:
+            for row, other in enumerate(launched.sequences):
+                if other is sequence:
+                    launched.sequences[row] = None
+        sequence.num_in_flight_tokens = 0
+        num_stored = sequence.num_tokens - 1
+        self._force(sequence)
+        if sequence.slot is None:  # its last step was launched, and it has left
+            sequence.status = SequenceStatus.WAITING
+            self._waiting.appendleft(sequence)
+        else:
+            sequence.set_stored(num_stored)
+            self._resumed.append(sequence)
+
+    def _force(self, sequence: Sequence) -> None:
+        """Add the tokens that a guided sequence must go on with; a prefill has to follow."""
+        token_ids = forced_token_ids(sequence)
+        if token_ids and sequence.matcher is not None:
+            sequence.matcher.accept(token_ids)
+            self._append(sequence, token_ids)
+            self.stats.num_forced_tokens += len(token_ids)
 
     def _schedule_prefill(self) -> PrefillBatch | None:
         budget = self._max_num_batched_tokens
         scheduled: list[tuple[Sequence, int]] = []
         twins: list[tuple[Sequence, int]] = []  # and the index of its leader
-        while budget > 0 and (sequence := self._chunked or self._admit()):
+        while budget > 0 and (sequence := self._chunked or self._resume() or self._admit()):
             num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
             scheduled.append((sequence, num_tokens))
             budget -= num_tokens
@@ -239,10 +313,9 @@ class Scheduler:
         targets, target_counts = take_prompt_targets(sequences, starts, ends)
         rows = [*sequences, *(twin for twin, _ in twins)]
         in_flight = [s.num_in_flight_tokens for s in rows]
-        self._launched.append(_Launched(rows, in_flight, [*target_counts, *([0] * len(twins))]))
-        needs = None
-        if self._num_asking:
-            needs = needs_of(s if s.num_in_flight_tokens else None for s in rows)
+        target_counts = [*target_counts, *([0] * len(twins))]
+        self._launched.append(_Launched([*rows], in_flight, target_counts))
+        needs = self._needs([s if s.num_in_flight_tokens else None for s in rows])
         slots = _slots_of(sequences)
         planned_twins = self._plan_twins(sequences, twins) if twins else None
         self._leave_if_full(rows)
@@ -261,11 +334,34 @@ class Scheduler:
             prompt_targets=targets,
         )
 
+    def _needs(self, sequences: Seq[Sequence | None]) -> RowNeeds | None:
+        """What rows ask of a launch that draws their next token."""
+        needs = needs_of(sequences) if self._num_asking else None
+        if self._num_with_grammar:
+            needs = with_masks(needs, sequences, self._grammars)
+        return needs
+
+    def _resume(self) -> Sequence | None:
+        """The next running sequence that goes on by a prefill of what it has got."""
+        while self._resumed:
+            sequence = self._resumed.popleft()
+            num_needed = self._block_manager.num_blocks_for(sequence.num_tokens)
+            num_new = num_needed - len(sequence.block_table)
+            if num_new > self._block_manager.num_free_blocks:
+                self._preempt(sequence)
+                continue
+            self._grow(sequence, sequence.num_tokens)
+            self._new_admissions.append(self._admission(sequence))
+            return sequence
+        return None
+
     def _admit(self) -> Sequence | None:
         """Give the first waiting sequence a slot and blocks, where both are to be had."""
         if not self._waiting or not self._free_slots:
             return None
         sequence, blocks = self._waiting[0], self._block_manager
+        if sequence.is_guided:
+            self._force(sequence)
         blocks.hash_blocks(sequence.token_ids, sequence.block_hashes)
         findable = sequence.block_hashes
         if sequence.next_prompt_target is not None:  # the token before it must be computed
@@ -305,11 +401,11 @@ class Scheduler:
         return twin
 
     def _plan_twins(self, leaders: list[Sequence], twins: list[tuple[Sequence, int]]) -> Twins:
-        copies = [
-            (leaders[i].block_table[-1], twin.block_table[-1])
-            for twin, i in twins
-            if leaders[i].num_tokens % self._block_manager.block_size
-        ]
+        copies = []
+        for twin, i in twins:
+            index, num_over = divmod(twin.num_tokens, self._block_manager.block_size)
+            if num_over:
+                copies.append((leaders[i].block_table[index], twin.block_table[index]))
         columns = np.array(copies, dtype=np.int32).reshape(-1, 2)
         return Twins(
             slots=_slots_of([twin for twin, _ in twins]),
@@ -322,6 +418,7 @@ class Scheduler:
         """Let the first waiting sequence run, with blocks that hold its beginning and new ones."""
         sequence, blocks = self._waiting.popleft(), self._block_manager
         self._num_asking += sequence.asks
+        self._num_with_grammar += sequence.matcher is not None
         self._running[sequence.request.request_id] = sequence
         blocks.take(cached)
         sequence.status = SequenceStatus.RUNNING
@@ -331,64 +428,108 @@ class Scheduler:
         sequence.num_computed_tokens = len(cached) * blocks.block_size
         sequence.num_prefilled_tokens = sequence.num_tokens
         if sequence.num_cached_tokens is None:
-            # A twin counts what it would have found, whatever else is in its launch.
-            most = (sequence.num_tokens - 1) // blocks.block_size * blocks.block_size
-            sequence.num_cached_tokens = min(sequence.num_computed_tokens, most)
+            # Forced tokens may be in the cache as well; and a twin counts what it would have found,
+            # whatever else is in its launch.
+            findable = (sequence.num_tokens - 1) // blocks.block_size * blocks.block_size
+            num_cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens, findable)
+            sequence.num_cached_tokens = num_cached
             self.stats.num_prompt_tokens += sequence.num_prompt_tokens
-            self.stats.num_cached_tokens += sequence.num_cached_tokens
-        sampling = sequence.request.sampling
+            self.stats.num_cached_tokens += num_cached
         self._new_blocks += [(sequence.slot, i, b) for i, b in enumerate(sequence.block_table)]
-        self._new_admissions.append(
-            Admission(
-                slot=sequence.slot,
-                seed=sampling.seed,
-                temperature=sampling.temperature,
-                top_k=min(sampling.top_k or self._vocab_size, self._vocab_size),
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-                min_length=sequence.min_length,
-                max_length=sequence.max_length,
-                stop_token_ids=sequence.stop_token_ids,
-                adjustment=adjustment_of(sequence),
-            )
+        self._new_admissions.append(self._admission(sequence))
+
+    def _admission(self, sequence: Sequence) -> Admission:
+        assert sequence.slot is not None, "a running sequence has a slot"
+        sampling = sequence.request.sampling
+        return Admission(
+            slot=sequence.slot,
+            seed=sampling.seed,
+            temperature=sampling.temperature,
+            top_k=min(sampling.top_k or self._vocab_size, self._vocab_size),
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            min_length=sequence.min_length,
+            max_length=sequence.max_length,
+            stop_token_ids=sequence.stop_token_ids,
+            adjustment=adjustment_of(sequence),
         )
 
-    def _schedule_decode(self) -> DecodeBatch | None:
+    def _schedule_decode(self) -> DecodeBatch | ForwardBatch | None:
         while True:
-            sequences = list(self._running.values())
+            sequences, is_guided = self._whose_turn()
             if not sequences:
                 return None
-            num_steps = self._window_steps(sequences)
+            most = self._max_window_steps
+            if self._num_with_grammar:
+                most = 1 if is_guided else min(most, MAX_STEPS_BESIDE_GUIDED)
+            num_steps = self._window_steps(sequences, most)
             if num_steps > 0:
                 break
             if self._launched:
                 return None  # a preempted sequence's tokens must be known: read them first
-            self._preempt(sequences[-1])
+            self._preempt(next(reversed(self._running.values())))
         for sequence in sequences:
-            sequence.num_in_flight_tokens += num_steps
-            self._grow(sequence, sequence.planned_length - 1)
+            self._grow(sequence, sequence.planned_length - 1 + num_steps)
         self.stats.num_decode_steps += num_steps
         self.stats.num_decode_slots += num_steps * len(sequences)
-        self._launched.append(_Launched(sequences, [num_steps] * len(sequences), []))
-        needs = needs_of(sequences) if self._num_asking else None
         slots = _slots_of(sequences)
-        self._leave_if_full(sequences)
-        return DecodeBatch(
-            block_table_update=self._take_block_table_update(),
-            slots=slots,
-            num_steps=num_steps,
-            needs=needs,
-        )
+        update = self._take_block_table_update()
+        self._free_went_last = not is_guided
+        if is_guided:
+            self._forwarded, self._forwarded_slots = [*sequences], slots
+            return ForwardBatch(admissions=(), block_table_update=update, slots=slots)
+        needs = self._needs(sequences)
+        self._launch(sequences, num_steps)
+        return DecodeBatch(block_table_update=update, slots=slots, num_steps=num_steps, needs=needs)
 
-    def _window_steps(self, sequences: list[Sequence]) -> int:
+    def _whose_turn(self) -> tuple[list[Sequence], bool]:
+        """The sequences of the next decode launch, and whether it is the guided ones' step."""
+        running = list(self._running.values())
+        if not self._num_with_grammar:
+            return running, False
+        guided = [s for s in running if s.is_guided]
+        if len(guided) == len(running) or (guided and self._free_went_last):
+            return guided, True
+        return [s for s in running if not s.is_guided], False
+
+    def _schedule_sample(self) -> SampleBatch | None:
+        """The other half of the guided rows' step, for those that still want its token."""
+        rows, self._forwarded = self._forwarded, []
+        rows = [s if s is not None and s.status is SequenceStatus.RUNNING else None for s in rows]
+        for sequence in worth_forcing([s for s in rows if s is not None]):
+            num_stored = sequence.num_tokens
+            self._force(sequence)
+            sequence.set_stored(num_stored)
+            self._resumed.append(sequence)
+            rows[rows.index(sequence)] = None
+        if not any(rows):
+            return None
+        needs = self._needs(rows)
+        self._launch(rows, 1)
+        return SampleBatch(slots=self._forwarded_slots, needs=needs)
+
+    def _launch(self, sequences: Seq[Sequence | None], num_steps: int) -> None:
+        """Count on tokens of a decode launch."""
+        planned = [0 if sequence is None else num_steps for sequence in sequences]
+        self._launched.append(_Launched([*sequences], planned, []))
+        for sequence, num_planned in zip(sequences, planned, strict=True):
+            if sequence is not None:
+                sequence.num_in_flight_tokens += num_planned
+        self._leave_if_full([s for s in sequences if s is not None])
+
+    def _window_steps(self, sequences: list[Sequence], most: int) -> int:
         """Steps to the next certain finish, or as many as the free blocks allow: 0 if not one."""
         num_steps = min(s.max_length - s.planned_length for s in sequences)
-        num_steps = min(num_steps, self._max_window_steps)
+        num_steps = min(num_steps, most)
         while num_steps > 0:
-            # The window's last token is sampled but not stored, hence planned_length - 1.
+            # The window's last token is sampled but not stored, hence planned_length - 1. Who has
+            # stopped thinking may hold more.
             needed = sum(
-                self._block_manager.num_blocks_for(s.planned_length - 1 + num_steps)
-                - len(s.block_table)
+                max(
+                    self._block_manager.num_blocks_for(s.planned_length - 1 + num_steps)
+                    - len(s.block_table),
+                    0,
+                )
                 for s in sequences
             )
             if needed <= self._block_manager.num_free_blocks:
@@ -447,17 +588,28 @@ class Scheduler:
             prompt_logprobs=joined(sequence.prompt_logprobs, sequence.num_prompt_logprobs),
         )
 
-    def _new_tokens(
-        self, sequence: Sequence, token_ids: TokenIds, own: Logprobs | None
-    ) -> NewTokens:
-        is_first = len(sequence.completion_token_ids) == len(token_ids)
-        k = sequence.num_prompt_logprobs if is_first else None
+    def _new_tokens(self, sequence: Sequence) -> NewTokens:
+        first = sequence.num_reported_tokens
+        sequence.num_reported_tokens = len(sequence.completion_token_ids)
         return NewTokens(
             request_id=sequence.request.request_id,
-            token_ids=token_ids,
-            logprobs=own,
-            prompt_logprobs=joined(sequence.prompt_logprobs, k),
+            token_ids=sequence.completion_token_ids[first:],
+            logprobs=sequence.logprobs[-1] if sequence.num_logprobs is not None else None,
+            prompt_logprobs=joined(
+                sequence.prompt_logprobs, None if first else sequence.num_prompt_logprobs
+            ),
         )
+
+    def _fail(self, sequence: Sequence, num_drawn: int) -> Failure:
+        """num_drawn: good tokens of the launch that failed."""
+        self._finish(sequence)
+        code: FailureCode = "nan_logits"
+        message = f"the logits after {sequence.num_tokens + num_drawn} tokens are not finite"
+        if is_dead_end(sequence, self._grammars):
+            num_tokens = sequence.num_tokens - sequence.num_prompt_tokens
+            code = "grammar_dead_end"
+            message = f"the grammar allows no token after the completion's first {num_tokens}"
+        return Failure(request_id=sequence.request.request_id, code=code, message=message)
 
     def _finish(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
@@ -481,8 +633,11 @@ class Scheduler:
         assert sequence.slot is not None, "a running sequence has a slot"
         del self._running[sequence.request.request_id]
         self._num_asking -= sequence.asks
+        self._num_with_grammar -= sequence.matcher is not None
         if self._chunked is sequence:
             self._chunked = None
+        if sequence in self._resumed:
+            self._resumed.remove(sequence)
         self._free_slots.append(sequence.slot)
         self._block_manager.release(sequence.block_table)
         sequence.slot = None

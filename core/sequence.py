@@ -4,6 +4,7 @@ from enum import Enum, auto
 
 import numpy as np
 
+from nanovllm_cli.core.grammar import Matcher
 from nanovllm_cli.core.request import Logprobs, Request, TokenIds
 
 
@@ -23,20 +24,30 @@ class Sequence:
     """
 
     __slots__ = (
-        "_tokens", "block_hashes", "block_table", "logprobs", "max_length", "min_length",
-        "next_prompt_target", "num_cached_tokens", "num_computed_tokens", "num_in_flight_tokens",
-        "num_logprobs", "num_prefilled_tokens", "num_prompt_logprobs", "num_prompt_tokens",
-        "num_published_blocks", "num_tokens", "prompt_logprobs", "request", "slot", "status",
-        "stop_token_ids",
+        "_own_stop_token_ids", "_tokens", "block_hashes", "block_table", "grammar_after",
+        "logprobs", "matcher", "max_length", "min_length", "next_prompt_target",
+        "num_cached_tokens", "num_computed_tokens", "num_in_flight_tokens", "num_logprobs",
+        "num_prefilled_tokens", "num_prompt_logprobs", "num_prompt_tokens",
+        "num_published_blocks", "num_reported_tokens", "num_tokens", "prompt_logprobs",
+        "request", "slot", "status",
     )  # fmt: skip
 
-    def __init__(self, request: Request, max_length: int, stop_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        max_length: int,
+        stop_token_ids: tuple[int, ...],
+        matcher: Matcher | None = None,
+    ) -> None:
         self.request = request
         self._tokens: TokenIds = np.asarray(request.prompt_token_ids, dtype=np.int32)
         self.num_prompt_tokens = self.num_tokens = len(self._tokens)
         self.min_length = self.num_prompt_tokens + request.sampling.min_tokens
         self.max_length = max_length
-        self.stop_token_ids = stop_token_ids
+        self._own_stop_token_ids = stop_token_ids
+        self.matcher = matcher  # of its grammar, where it has one
+        self.grammar_after = None if matcher is None else request.sampling.grammar_after_token_id
+        self.num_reported_tokens = 0  # of the completion
         self.num_cached_tokens: int | None = None  # of the prompt, at its first admission
         self.num_computed_tokens = self.num_prefilled_tokens = 0
         self.num_in_flight_tokens = 0
@@ -61,6 +72,18 @@ class Sequence:
         return self.num_logprobs is not None or self.request.sampling.adjusts_logits
 
     @property
+    def is_guided(self) -> bool:
+        """Whether its grammar says what the next token may be: it has one, which has begun."""
+        return self.matcher is not None and self.grammar_after is None
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Where the device must stop: also where the grammar begins."""
+        if self.grammar_after is None:
+            return self._own_stop_token_ids
+        return tuple(dict.fromkeys((*self._own_stop_token_ids, self.grammar_after)))
+
+    @property
     def token_ids(self) -> TokenIds:
         """The known tokens, prompt first: int32 [num_tokens]."""
         return self._tokens[: self.num_tokens]
@@ -74,6 +97,17 @@ class Sequence:
     def planned_length(self) -> int:
         """Tokens there will be when everything launched has been read."""
         return self.num_tokens + self.num_in_flight_tokens
+
+    def end_thought(self) -> None:
+        """The last token, whichever it was, becomes the one after which the grammar begins."""
+        assert self.grammar_after is not None, "only what thinks has a thought to end"
+        self._tokens[self.num_tokens - 1] = self.grammar_after
+        self.grammar_after = None
+
+    def set_stored(self, num_stored_tokens: int) -> None:
+        """Tokens were added that no launch drew: of those there are, so many have their KV."""
+        self.num_computed_tokens = num_stored_tokens
+        self.num_prefilled_tokens = self.num_tokens
 
     def append(self, token_ids: TokenIds) -> None:
         """Add generated tokens, growing the buffer by doubling."""

@@ -10,6 +10,7 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompts, found in the prefix cache
     num_completion_tokens: int = 0
+    num_forced_tokens: int = 0  # of those, where a grammar left no choice and no step was needed
     num_prefill_launches: int = 0
     num_decode_steps: int = 0
     num_decode_slots: int = 0  # summed over the steps: the mean batch times the steps

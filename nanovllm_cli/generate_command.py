@@ -18,6 +18,7 @@ from .run_job import run_job
 from .settings import load_config_file, option
 from .shard import Shard
 from .signals import Signals
+from .structured_output import grammar_of_flags
 
 _OUTPUT, _PROMPTS, _SAMPLING = "Output", "Prompts", "Sampling (a row's own fields come first)"
 
@@ -110,6 +111,21 @@ def generate_command(
     ),
     ignore_eos: bool = option(
         False, "--ignore-eos", panel=_SAMPLING, help="Generate on after the end of the text."
+    ),
+    json_schema: str | None = option(
+        None, "--json-schema", panel=_SAMPLING, metavar="FILE",
+        help="Completions are JSON of this schema.",
+    ),
+    regex: str | None = option(
+        None, "--regex", panel=_SAMPLING, metavar="TEXT",
+        help="Completions match this regular expression, from their beginning to their end.",
+    ),
+    choice: str | None = option(
+        None, "--choice", panel=_SAMPLING, metavar="A,B,...", help="Completions are one of these."
+    ),
+    grammar: str | None = option(
+        None, "--grammar", panel=_SAMPLING, metavar="FILE",
+        help="Completions are of this grammar, in Lark's notation or GBNF.",
     ),
     n: int = option(1, "--n", panel=_SAMPLING, help="Completions for each row."),
     seed: int = option(0, "--seed", panel=_SAMPLING, help="Two runs with one seed are the same."),
@@ -213,6 +229,9 @@ def generate_command(
             "max_tokens": max_tokens,
             "min_tokens": min_tokens,
             "ignore_eos": ignore_eos or None,
+            "grammar": grammar_of_flags(
+                json_schema=json_schema, regex=regex, choice=choice, grammar=grammar
+            ),
         }
         sampling: dict[str, Any] = {
             name: value for name, value in chosen.items() if value is not None

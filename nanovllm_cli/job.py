@@ -142,6 +142,8 @@ class Job:
         prompt, options = fed.prompt, self._options
         num_samples = prompt.n or options.n
         fields = {**self._sampling, **prompt.sampling}
+        if fields.get("grammar") is not None and prompt.messages is not None:
+            fields["grammar_after_token_id"] = self._tokenizer.end_think_of(fed.token_ids)
         row_seed = fields.pop("seed", None)
         self._running[prompt.index] = _RunningRow(
             prompt,

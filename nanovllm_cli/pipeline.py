@@ -5,7 +5,9 @@ are checked first, then the model's files, and only then are the weights loaded,
 rows are already being tokenized. A job whose rows are all done loads nothing.
 """
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,7 +140,9 @@ def _run(
     progress.say("start", f"{totals.counts()}; loading {options.model}")
     try:
         with totals.phase("load"):
-            engine = load(model, options.engine)  # a process of its own loads meanwhile
+            path = os.fspath(_tokenizer_path(options, model).absolute())
+            # A process of its own loads meanwhile.
+            engine = load(model, replace(options.engine, tokenizer_path=path))
             tokenizer = load_tokenizer(options, model)
             prompts = output.missing(to_prompts(output.watch(rows), options.prompt))
             feeder = Feeder(prompts, tokenizer, options.rows_in_flight)

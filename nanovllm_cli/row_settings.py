@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from nanovllm_cli.core.sampling_params import MAX_STOP_TOKEN_IDS, SamplingParams
 
+from . import structured_output
 from .refusal import Refused, shown
 
 MAX_SAMPLES = 128
@@ -59,14 +60,14 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stop": (_is_stop, f"a string or 1 to {_MAX_STOP_STRINGS} strings, none of them empty"),
     "stop_token_ids": (_is_stop_token_ids, f"at most {_MAX_OWN_STOP_TOKEN_IDS} token ids"),
     "chat_template_kwargs": (_is_template_arguments, '{"enable_thinking": true or false}'),
+    **structured_output.SETTINGS,
 }
 # Settings of vLLM, OpenAI and transformers that are not ours, with ours to use instead.
 _FOREIGN_SETTINGS: dict[str, str | None] = {
     **dict.fromkeys([
         "best_of", "logprobs", "prompt_logprobs", "top_logprobs", "presence_penalty",
         "frequency_penalty", "repetition_penalty", "length_penalty", "logit_bias", "bad_words",
-        "allowed_token_ids", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-        "structured_outputs", "response_format", "tools", "tool_choice", "parallel_tool_calls",
+        "allowed_token_ids", "tools", "tool_choice", "parallel_tool_calls",
         "truncate_prompt_tokens", "echo", "suffix", "num_beams", "use_beam_search", "typical_p",
         "no_repeat_ngram_size", "thinking_budget", "reasoning_effort", "detokenize", "stream",
         "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
@@ -133,6 +134,7 @@ def parse_settings(fields: Mapping[str, Any], place: str) -> RowSettings:
     n = sampling.pop("n", None)
     stop = sampling.pop("stop", ())
     template_arguments = sampling.pop("chat_template_kwargs", {})
+    sampling |= structured_output.take_grammar(sampling, place)
     if sampling.get("top_k") in (-1, 0):
         sampling["top_k"] = None  # off, as vLLM and transformers spell it
     if "stop_token_ids" in sampling:

@@ -83,6 +83,12 @@ class PromptTokenizer:
             results.append(ids)
         return results
 
+    def end_think_of(self, prompt_token_ids: Sequence[int]) -> int | None:
+        """The token that ends the thought with which a chat's answer begins, if it has one."""
+        if not self._knows_reasoning or self._end_think in prompt_token_ids[-4:]:
+            return None
+        return self._end_think
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text, without the special tokens."""
         return self._full.decode(token_ids, skip_special_tokens=True)

@@ -147,13 +147,17 @@ VALUES = {
 def test_every_environment_variable_does_what_its_flag_does(
     chosen: list[GenerateOptions], tmp_path: Path
 ) -> None:
+    (tmp_path / "schema.json").write_text("{}")
+    (tmp_path / "yes.lark").write_text('start: "yes"')
+    files = {"--json-schema": tmp_path / "schema.json", "--grammar": tmp_path / "yes.lark"}
+    values = {**VALUES, **{name: str(path) for name, path in files.items()}}
     number = 0
     for parameter in parameters():
         name = parameter.opts[0]
         if name in ("--config", "--debug", "--dry-run", "--single-process"):
             continue
         is_switch = getattr(parameter, "is_flag", False)
-        value = VALUES.get(name, "7")
+        value = values.get(name, "7")
         flag = [name] if is_switch else [name, value]
         call("generate", "x.jsonl")
         assert call("generate", "x.jsonl", *flag).code == 0, name

@@ -10,8 +10,8 @@ from .parsing import USER, bad, chat_line, good
 
 SETTINGS_OF_OTHERS = """
 best_of logprobs prompt_logprobs top_logprobs presence_penalty frequency_penalty repetition_penalty
-length_penalty logit_bias bad_words allowed_token_ids guided_json guided_regex guided_choice
-structured_outputs response_format tools tool_choice truncate_prompt_tokens echo suffix do_sample
+length_penalty logit_bias bad_words allowed_token_ids
+tools tool_choice truncate_prompt_tokens echo suffix do_sample
 num_beams typical_p thinking_budget include_stop_str_in_output skip_special_tokens detokenize stream
 """
 DATA_COLUMNS = """

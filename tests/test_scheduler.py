@@ -316,6 +316,9 @@ def _empty_result(num_rows: int, num_steps: int) -> BatchResult:
 class World:
     """A scheduler, a device and every check there is; steps as core/engine.py does."""
 
+    truth_class = Truth
+    device_class = Device
+
     def __init__(
         self,
         settings: Settings,
@@ -328,7 +331,7 @@ class World:
         self.settings = settings
         self.model = model or Model()
         self.prefixes = Prefixes(salt)
-        self.device = Device(settings, self.prefixes, self.model)
+        self.device = self.device_class(settings, self.prefixes, self.model)
         self.blocks = block_manager_class(
             settings.num_blocks,
             settings.block_size,
@@ -399,7 +402,7 @@ class World:
         if failure is not None:
             self.outputs[request.request_id] = failure
             return failure
-        truth = Truth(request, self.settings, self.prefixes, self.model)
+        truth = self.truth_class(request, self.settings, self.prefixes, self.model)
         self.truths[request.request_id] = truth
         self._new_tokens[request.request_id] = []
         num_chunks = -(-len(truth.tokens) // self.settings.max_num_batched_tokens)
@@ -417,14 +420,7 @@ class World:
         if batch is not None:
             self._check_batch(batch)
             self.batches.append(batch)
-            owners = {}
-            for sequence, slot in zip(self.launched, slots_of(batch), strict=True):
-                truth = self.truths.get(sequence.request.request_id)
-                check(truth is not None, "a sequence runs that has ended")
-                assert truth is not None
-                check(slot not in owners, "two sequences share a slot")
-                owners[slot] = truth
-            self._results.append(self.device.run(batch, owners))
+            self._launch(batch)
         outputs: list[Output] = []
         if self._results and (
             batch is None or len(self._results) > self.settings.max_launches_in_flight
@@ -436,6 +432,16 @@ class World:
             check(batch is not None or not self.scheduler.has_work, "no progress")
         self.check_invariants()
         return outputs
+
+    def _launch(self, batch: Batch) -> None:
+        owners = {}
+        for sequence, slot in zip(self.launched, slots_of(batch), strict=True):
+            truth = self.truths.get(sequence.request.request_id)
+            check(truth is not None, "a sequence runs that has ended")
+            assert truth is not None
+            check(slot not in owners, "two sequences share a slot")
+            owners[slot] = truth
+        self._results.append(self.device.run(batch, owners))
 
     def run(self) -> None:
         """Step until nothing is left to do."""
@@ -631,8 +637,9 @@ def run_workload(
     *,
     block_manager_class: type[BlockManager] = BlockManager,
     scheduler_class: type[Scheduler] = Scheduler,
+    world_class: type[World] = World,
 ) -> World:
-    world = World(
+    world = world_class(
         workload.settings,
         workload.model,
         salt=workload.salt,

@@ -1,0 +1,161 @@
+"""Grammars: which tokens may come next, for completions that must be JSON of a schema, or the like.
+
+llguidance's (https://github.com/guidance-ai/llguidance), which walks the vocabulary as a trie of
+bytes, so that a mask is exact: a token is allowed where its bytes can be continued to something
+that the grammar accepts. It runs on the host and holds no tensor. Without the package, grammars are
+refused; everything else runs.
+"""
+
+import json
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nanovllm_cli.core.batch import Int32
+
+try:
+    import llguidance
+    from llguidance.numpy import fill_next_token_bitmask_par
+except ImportError:
+    HAS_LLGUIDANCE = False
+else:
+    HAS_LLGUIDANCE = True
+
+NEEDS_LLGUIDANCE = "a grammar needs the package llguidance: pip install 'nanovllm-cli[json]'"
+_MAX_COMPILED = 1024  # grammars kept; a JSON schema of 20 properties takes about 20 KB
+BITS_PER_WORD = 32
+
+
+class GrammarError(ValueError):
+    """Why a grammar, or the vocabulary it is for, cannot be used."""
+
+
+class Matcher:
+    """Where one sequence stands in its grammar; only Grammars makes one."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: "llguidance.LLMatcher") -> None:
+        self.inner = inner
+
+    def accept(self, token_ids: Iterable[int]) -> bool:
+        """Move on by tokens that were drawn under the masks; False where they do not fit."""
+        return self.inner.consume_tokens(list(token_ids))
+
+    def forced_token_ids(self) -> list[int]:
+        """The tokens that must come next, as far as the grammar and the tokenizer leave no choice.
+
+        A token is among them only where no other tokenization of the forced text may go on.
+        """
+        return self.inner.compute_ff_tokens()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text is whole, though more may follow."""
+        return self.inner.is_accepting()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the text is whole and nothing may follow."""
+        return self.inner.is_stopped() and self.inner.is_accepting()
+
+    @property
+    def error(self) -> str:
+        """Why llguidance cannot go on, as with a grammar that has become too large; else empty."""
+        return _message_of(self.inner)
+
+
+class _Vocabulary(NamedTuple):
+    tokenizer: "llguidance.LLTokenizer"
+    executor: "llguidance.LLExecutor"
+    eos_token_ids: tuple[int, ...]
+
+
+class Grammars:
+    """The grammars for one tokenizer, each compiled once; nothing is loaded before the first.
+
+    tokenizer_path: the directory with tokenizer.json, None where there is no tokenizer;
+    eos_token_ids: those that may end a text, () for the tokenizer's own.
+    """
+
+    def __init__(
+        self, tokenizer_path: Path | None, *, vocab_size: int, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self._tokenizer_path = tokenizer_path
+        self._vocab_size = vocab_size
+        self._given_eos_token_ids = eos_token_ids
+        self._vocabulary = lru_cache(maxsize=1)(self._load_vocabulary)
+        self._compiled = lru_cache(maxsize=_MAX_COMPILED)(self._compile)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that may end a text; there once a matcher is."""
+        return self._loaded().eos_token_ids
+
+    def matcher(self, grammar: str) -> Matcher:
+        """At the beginning of `grammar`, llguidance's text of one; raises GrammarError."""
+        compiled = self._compiled(grammar)
+        if isinstance(compiled, GrammarError):
+            raise compiled
+        return Matcher(compiled.deep_copy())
+
+    def masks(self, matchers: Seq[Matcher]) -> Int32:
+        """The tokens that may come next: bits, the lowest first, [num_matchers, vocab_size / 32].
+
+        A token that ends the text is allowed where it is whole, and nothing at all where the
+        grammar has a dead end. What is beyond the tokenizer's vocabulary is never allowed.
+        """
+        vocabulary = self._loaded()
+        masks = np.empty((len(matchers), -(-self._vocab_size // BITS_PER_WORD)), dtype=np.int32)
+        inner = [(matcher.inner, row) for row, matcher in enumerate(matchers)]
+        fill_next_token_bitmask_par(vocabulary.executor, inner, masks)
+        words = masks.view(np.uint32)
+        for token_id in vocabulary.eos_token_ids:
+            column = words[:, token_id // BITS_PER_WORD]
+            bit = np.uint32(1 << token_id % BITS_PER_WORD)
+            ending: list[int] = np.flatnonzero(column & bit).tolist()
+            for row in ending:  # llguidance ends a dead end with eos as well
+                if not matchers[row].is_complete:
+                    column[row] &= ~bit
+        return masks
+
+    def _loaded(self) -> _Vocabulary:
+        vocabulary = self._vocabulary()
+        assert not isinstance(vocabulary, GrammarError), "there is no matcher without a vocabulary"
+        return vocabulary
+
+    def _load_vocabulary(self) -> _Vocabulary | GrammarError:
+        """Half a second for Qwen3's 151,669 tokens."""
+        if not HAS_LLGUIDANCE:
+            return GrammarError(NEEDS_LLGUIDANCE)
+        if self._tokenizer_path is None:
+            return GrammarError("a grammar needs a tokenizer, and this model has none")
+        file = self._tokenizer_path / "tokenizer.json"
+        try:
+            # A file may ask for either of these, which would change how forced text is tokenized.
+            content = {**json.loads(file.read_bytes()), "truncation": None, "padding": None}
+            tokenizer = llguidance.LLTokenizer(
+                json.dumps(content),
+                n_vocab=self._vocab_size,
+                eos_token=list(self._given_eos_token_ids) or None,
+            )
+        except (OSError, ValueError) as error:
+            return GrammarError(f"{file} cannot be used for grammars: {error}")
+        return _Vocabulary(tokenizer, llguidance.LLExecutor(), tuple(tokenizer.eos_tokens))
+
+    def _compile(self, grammar: str) -> "llguidance.LLMatcher | GrammarError":
+        """Errors are kept as well: ten thousand rows may have the same bad grammar."""
+        vocabulary = self._vocabulary()
+        if isinstance(vocabulary, GrammarError):
+            return vocabulary
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        matcher = llguidance.LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=limits)
+        return GrammarError(_message_of(matcher)) if matcher.is_error() else matcher
+
+
+def _message_of(matcher: "llguidance.LLMatcher") -> str:
+    return matcher.get_error().removesuffix("<non-verbose/>").strip()

@@ -1,0 +1,208 @@
+"""Structured output: what flags and rows say of a completion's form -> llguidance's grammar text.
+
+A JSON schema, a regular expression, one of some texts, or a grammar in Lark's or GBNF's notation;
+rows say it in vLLM's words or in OpenAI's. Every grammar is compiled here without a vocabulary, so
+that a bad one is found before the model loads; the engine compiles it for its tokens.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from .exit_code import CommandError, ExitCode
+from .refusal import Refused, shown
+
+Kind = Literal["json", "regex", "choice", "grammar"]
+Check = tuple[Callable[[Any], bool], str]
+
+_MAX_KNOWN = 1024  # grammars: most rows have one that an earlier row had
+_ANY_OBJECT = '{"type":"object"}'
+_SCHEMA_KEYS = ("name", "description", "schema", "strict")
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_schema(value: Any) -> bool:
+    return isinstance(value, dict | str)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(t, str) for t in value)
+
+
+_CHECKS: dict[Kind, Check] = {
+    "json": (_is_schema, "a JSON schema"),
+    "regex": (_is_text, "a string that is not empty"),
+    "choice": (_is_choice, "a list of strings, at least one"),
+    "grammar": (_is_text, "a string that is not empty"),
+}
+_KINDS: dict[str, Kind] = {prefix + kind: kind for kind in _CHECKS for prefix in ("", "guided_")}
+# A setting's JSON type, as row_settings.py has it of the others.
+SETTINGS: dict[str, Check] = {
+    "response_format": (_is_object, '{"type": "text", "json_object" or "json_schema", ...}'),
+    "structured_outputs": (_is_object, '{"json", "regex", "choice" or "grammar": ...}'),
+    **{f"guided_{kind}": check for kind, check in _CHECKS.items()},
+}
+
+
+class BadGrammar(ValueError):
+    """A grammar that cannot be used, and why."""
+
+
+def grammar_of_flags(
+    *, json_schema: str | None, regex: str | None, choice: str | None, grammar: str | None
+) -> str | None:
+    """The grammar of every row that has none of its own; json_schema and grammar name files.
+
+    Raises CommandError.
+    """
+    flags: tuple[tuple[str, Kind, str | None], ...] = (
+        ("--json-schema", "json", json_schema),
+        ("--regex", "regex", regex),
+        ("--choice", "choice", choice),
+        ("--grammar", "grammar", grammar),
+    )
+    given = [(flag, kind, text) for flag, kind, text in flags if text is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        names = " and ".join(flag for flag, _, _ in given)
+        raise CommandError(f"{names} are given", "A completion can have one grammar: give one.")
+    flag, kind, value = given[0]
+    if not value:
+        raise CommandError(f"{flag} is empty")
+    if flag in ("--json-schema", "--grammar"):
+        value = _read(flag, value)
+    choices = value.split(",")
+    if kind == "choice" and not all(choices):
+        raise CommandError(f"--choice is {value!r}; it must be texts with commas between them")
+    try:
+        return grammar_text(kind, choices if kind == "choice" else value)
+    except BadGrammar as error:
+        raise CommandError(f"{flag}: {error}") from None
+
+
+def take_grammar(fields: dict[str, Any], place: str) -> dict[str, Any]:
+    """Takes what a row says of its completion's structure out of `fields`, which SETTINGS checked.
+
+    Returns the field of SamplingParams that it becomes, None where the row asks for plain text;
+    raises Refused. `place` goes before a name in a message.
+    """
+    given = [name for name in SETTINGS if name in fields]
+    if not given:
+        return {}
+    if len(given) > 1:
+        names = " and ".join(given)
+        raise Refused("bad_parameters", f"{place}{names} are given; a row can have one of them")
+    name = given[0]
+    value, place = fields.pop(name), f"{place}{name}"
+    if name == "response_format":
+        kind, value = _of_response_format(value, place)
+    elif name == "structured_outputs":
+        kind, value = _of_structured_outputs(value, place)
+    else:
+        kind = _KINDS[name]
+    if kind is None:
+        return {"grammar": None}
+    try:
+        return {"grammar": grammar_text(kind, value)}
+    except BadGrammar as error:
+        raise Refused("bad_grammar", f"{place}: {error}") from None
+
+
+def grammar_text(kind: Kind, value: Any) -> str:
+    """llguidance's text of a grammar that compiles; raises BadGrammar with llguidance's reason.
+
+    value: for "json" a schema or its text, for "choice" a list of texts, else a text.
+    """
+    return _compiled(kind, value if isinstance(value, str) else json.dumps(value))
+
+
+def _of_response_format(value: Mapping[str, Any], place: str) -> tuple[Kind | None, Any]:
+    """OpenAI's: https://platform.openai.com/docs/guides/structured-outputs."""
+    rest = {name: item for name, item in value.items() if item is not None}
+    kind = rest.pop("type", None)
+    content = rest.pop("json_schema", None) if kind == "json_schema" else None
+    if kind not in ("text", "json_object", "json_schema"):
+        expected = "text, json_object or json_schema"
+        raise Refused("bad_parameters", f"{place}.type is {shown(kind)}; it must be {expected}")
+    if rest:
+        raise Refused("bad_parameters", f"{place} of type {kind} has {shown([*rest])} as well")
+    if kind == "text":
+        return None, None
+    if kind == "json_object":
+        return "json", _ANY_OBJECT
+    if not isinstance(content, dict) or not isinstance(content.get("schema"), dict):
+        message = f'{place}.json_schema is {shown(content)}; it must be {{"name", "schema": ...}}'
+        raise Refused("bad_parameters", message)
+    unknown = [name for name in content if name not in _SCHEMA_KEYS]
+    if unknown:
+        raise Refused("bad_parameters", f"{place}.json_schema has an unknown {shown(unknown[0])}")
+    return "json", content["schema"]
+
+
+def _of_structured_outputs(value: Mapping[str, Any], place: str) -> tuple[Kind, Any]:
+    """vLLM's: https://docs.vllm.ai/en/latest/features/structured_outputs.html."""
+    given = {name: item for name, item in value.items() if item is not None}
+    if given == {"json_object": True}:
+        return "json", _ANY_OBJECT
+    name, item = next(iter(given.items()), ("", None))
+    if len(given) != 1 or name not in _CHECKS:
+        names = ", ".join((*_CHECKS, "json_object"))
+        message = f"{place} has {shown([*given])}; it must have one of {names}"
+        raise Refused("bad_parameters", message)
+    kind = _KINDS[name]
+    is_good, expected = _CHECKS[kind]
+    if not is_good(item):
+        message = f"{place}.{name} is {shown(item)}; it must be {expected}"
+        raise Refused("bad_parameters", message)
+    return kind, item
+
+
+def _read(flag: str, name: str) -> str:
+    path = Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CommandError(f"{flag}: no file {path}", exit_code=ExitCode.NOT_FOUND) from None
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{flag}: {path} cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=_MAX_KNOWN)
+def _compiled(kind: Kind, text: str) -> str:
+    try:
+        from llguidance import LLMatcher, LLParserLimits, grammar_from  # late: it may be missing
+    except ImportError:
+        hint = "pip install 'nanovllm-cli[json]'"
+        raise BadGrammar(f"structured output needs the package llguidance: {hint}") from None
+    try:
+        if kind == "json":
+            # As json.dumps lays it out: where any whitespace may come, some models go on with
+            # nothing else, and little of the text is forced. A schema's own "x-guidance" says
+            # otherwise.
+            grammar = LLMatcher.grammar_from_json_schema(
+                text,
+                defaults={
+                    "whitespace_flexible": False,
+                    "item_separator": ", ",
+                    "key_separator": ": ",
+                },
+            )
+        else:
+            grammar = grammar_from(kind, text)
+    except ValueError as error:
+        raise BadGrammar(str(error)) from None
+    limits = LLParserLimits(verbose_errors=False)
+    is_bad, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
+    if is_bad:
+        raise BadGrammar(messages[0].removesuffix("<non-verbose/>").strip())
+    return grammar
