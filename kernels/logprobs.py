@@ -61,7 +61,7 @@ def likeliest_of_tiles_kernel(
     tl.store(maxima_ptr + part, largest)
     tl.store(sums_ptr + part, tl.sum(tl.where(x > float("-inf"), tl.exp(x - largest), 0.0), axis=0))
     keys = (key_of(x, 0).to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
-    taken = tl.full([TILE], -(2**63), tl.int64)
+    taken = tl.full([TILE], -2147483648, tl.int64) << 32  # below every key
     for i in range(k):
         best = tl.max(keys, axis=0)
         tl.store(keys_ptr + part * k + i, best)
@@ -96,7 +96,7 @@ def merge_tiles_kernel(
     tl.store(normalizers_ptr + index, normalizer)
     num_keys = num_tiles * k
     offsets = tl.arange(0, BLOCK_KEYS)
-    taken = tl.full([BLOCK_KEYS], -(2**63), tl.int64)
+    taken = tl.full([BLOCK_KEYS], -2147483648, tl.int64) << 32
     keys = tl.load(keys_ptr + index * num_keys + offsets, mask=offsets < num_keys, other=0)
     keys = tl.where(offsets < num_keys, keys, taken)
     for i in range(k):
