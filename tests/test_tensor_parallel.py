@@ -35,6 +35,7 @@ from nanovllm_cli.core.batch import (
     RowNeeds,
     SampleBatch,
     TokenMasks,
+    Twins,
 )
 from nanovllm_cli.core.batch_layout import decode_batch, encode_batch
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
@@ -382,6 +383,8 @@ def batches(draw: st.DrawFn) -> Batch:
     if kind is ForwardBatch:
         return ForwardBatch(admissions=admissions, block_table_update=update, slots=slots)
     is_last_chunk = st.lists(st.booleans(), min_size=num_seqs, max_size=num_seqs)
+    pairs = {"slots": arrays(2), "leaders": arrays(2)}
+    twins = st.builds(Twins, **pairs, sources=arrays(1), targets=arrays(1))
     targets = st.builds(
         PromptTargets, hidden_rows=arrays(2), token_ids=arrays(2), num_logprobs=counts
     )
@@ -393,6 +396,7 @@ def batches(draw: st.DrawFn) -> Batch:
         start_positions=draw(arrays(num_seqs)),
         query_lens=draw(arrays(num_seqs)),
         is_last_chunk=np.array(draw(is_last_chunk)),
+        twins=draw(st.none() | twins),
         needs=needs,
         prompt_targets=draw(st.none() | targets),
     )
@@ -413,7 +417,7 @@ def row_needs(draw: st.DrawFn) -> RowNeeds:
 
 PLAIN = (
     PrefillBatch, DecodeBatch, ForwardBatch, SampleBatch, BlockTableUpdate, Admission, Adjustment,
-    RowNeeds, TokenMasks, PromptTargets,
+    RowNeeds, TokenMasks, PromptTargets, Twins,
 )  # fmt: skip
 
 
