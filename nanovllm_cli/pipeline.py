@@ -31,6 +31,7 @@ from .models import default_sampling, resolve_model
 from .options import GenerateOptions
 from .output import JobOutput, open_output
 from .output_paths import OutputPaths
+from .placement import parallel_notes
 from .progress import Progress
 from .rows import BadRow, Row, check_inputs, read_rows
 from .signals import Signals, Stopped
@@ -136,6 +137,8 @@ def _run(
     """Load the model and run what is missing in the output."""
     feeder = engine = None
     progress.say("start", f"{totals.counts()}; loading {options.model}")
+    for note in parallel_notes(options.engine, options.data_parallel_size, model):
+        progress.say("note", note)
     try:
         with totals.phase("load"):
             engine = load(model, options.engine)  # a process of its own loads meanwhile
