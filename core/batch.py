@@ -1,22 +1,50 @@
 """One launch's plan, frozen: a packed prefill, or a decode window of several steps.
 
+A decode step may also come in two halves, for rows whose masks the host works out while the device
+computes their logits: a ForwardBatch, and the SampleBatch that draws from what it left. What only
+some rows ask for (RowNeeds, PromptTargets) is None in launches where no row does.
+
 This is all that scheduler and runner share. A plan holds what is new since the last launch, in
 int32 and float32 arrays of fixed layout: new tokens and new block-table entries, never whole
 sequences. The runner keeps each running sequence's state in a slot of its device-side table.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from nanovllm_cli.core.request import Logprobs
 
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Adjustment:
+    """How a sequence's logits are changed before a token is chosen, and its tokens so far.
+
+    The meanings are SamplingParams'. From `thinking_end` tokens on, prompt included, only
+    `end_think_token_id` may be drawn, until it is; None: there is no budget, or it has come.
+    """
+
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    bad_words: tuple[tuple[int, ...], ...]
+    thinking_end: int | None
+    end_think_token_id: int | None
+    prompt_token_ids: Int32
+    completion_token_ids: Int32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """A sequence entering a slot: its sampling parameters, and where it must and may stop."""
+    """A sequence entering a slot: its sampling parameters, and where it must and may stop.
+
+    One for a slot that its sequence holds already lets it go on, with what the admission says.
+    """
 
     slot: int
     seed: int
@@ -27,6 +55,7 @@ class Admission:
     min_length: int  # tokens, prompt included, before a stop token may be drawn
     max_length: int  # tokens, prompt included, at which the sequence ends
     stop_token_ids: tuple[int, ...]
+    adjustment: Adjustment | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +65,45 @@ class BlockTableUpdate:
     slots: Int32
     indices: Int32
     block_ids: Int32
+
+
+def no_rows() -> Int32:
+    return np.zeros(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenMasks:
+    """The tokens that some rows of a launch may draw. rows: [num_masks], ascending, at least one.
+
+    words: [num_masks, ceil(vocab_size / 32)]; bit i of word w is token 32 * w + i, 1 is allowed.
+    """
+
+    rows: Int32
+    words: Int32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowNeeds:
+    """What some rows of a launch ask beyond a token; rows are indices of its slots, ascending."""
+
+    adjusted_rows: Int32 = field(default_factory=no_rows)  # their admissions have said how
+    logprob_rows: Int32 = field(
+        default_factory=no_rows
+    )  # the log-probability of their token comes back
+    num_logprobs: int = 0  # and of so many likeliest ones: the most that one of them asks for
+    masks: TokenMasks | None = None  # for each step of the launch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptTargets:
+    """Prompt tokens whose log-probabilities a prefill gives.
+
+    hidden_rows: [num_targets], which of the launch's tokens a target comes after.
+    """
+
+    hidden_rows: Int32
+    token_ids: Int32  # [num_targets]
+    num_logprobs: int  # the likeliest ones beside each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +117,8 @@ class PrefillBatch:
     start_positions: Int32  # [num_seqs], of each sequence's first token here
     query_lens: Int32  # [num_seqs], tokens of each sequence here
     is_last_chunk: Bool  # [num_seqs]; only then a token is sampled
+    needs: RowNeeds | None = None  # of rows whose chunk is the last
+    prompt_targets: PromptTargets | None = None
 
 
 def packed_positions(
@@ -71,9 +141,43 @@ class DecodeBatch:
     block_table_update: BlockTableUpdate
     slots: Int32  # [num_seqs]
     num_steps: int
+    needs: RowNeeds | None = None
 
 
-Batch = PrefillBatch | DecodeBatch
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardBatch:
+    """The first half of a decode step: the logits after each slot's tokens.
+
+    They stay on the device for the SampleBatch that is the next launch; nothing comes back.
+    """
+
+    admissions: tuple[Admission, ...]
+    block_table_update: BlockTableUpdate
+    slots: Int32  # [num_seqs]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleBatch:
+    """The second half of a decode step: a token of each slot of the ForwardBatch before."""
+
+    slots: Int32  # [num_seqs], in the same order
+    needs: RowNeeds | None = None
+
+
+Batch = PrefillBatch | DecodeBatch | ForwardBatch | SampleBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowLogprobs:
+    """Log-probabilities of what a launch sampled, for the rows that ask: RowNeeds.logprob_rows.
+
+    Of a row as many steps count as it has tokens.
+    """
+
+    rows: Int32  # [num_rows]
+    values: npt.NDArray[np.float32]  # [num_rows, num_steps], of the tokens sampled
+    top_ids: Int32  # [num_rows, num_steps, num_logprobs]
+    top_values: npt.NDArray[np.float32]  # likewise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,3 +192,5 @@ class BatchResult:
     num_tokens: Int32  # [num_seqs]
     is_stopped: Bool  # [num_seqs], the last token that counts is a stop token
     is_nan: Bool  # [num_seqs], the logits were not finite: the row has failed
+    logprobs: RowLogprobs | None = None
+    prompt_logprobs: Logprobs | None = None  # of all prompt_targets, in their order

@@ -1,103 +1,177 @@
 """A Batch as bytes and back: what rank 0 sends to the other ranks at every launch.
 
-int32 arrays one after the other, their lengths before them, and a record of fixed layout for each
-admission. A decode window of 1024 sequences is 4 KiB, a prefill 4 bytes a token.
+A header, the lengths of the int32 arrays that follow, a record of fixed layout for each admission,
+the arrays one after the other, and what admissions have beyond numbers as JSON. A decode window of
+1024 sequences is 4 KiB, a prefill 4 bytes a token.
 """
 
+import json
 import struct
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from nanovllm_cli.core.batch import (
+    Adjustment,
     Admission,
     Batch,
     BlockTableUpdate,
     Bool,
     DecodeBatch,
+    ForwardBatch,
     Int32,
     PrefillBatch,
+    PromptTargets,
+    RowNeeds,
+    SampleBatch,
+    TokenMasks,
 )
 
-# Block-table entries, sequences, steps (0: a prefill), tokens, admissions.
-_COUNTS = struct.Struct("<5i")
-# slot, top_k, min_length, max_length, number of stop tokens, seed, temperature, top_p, min_p
-_ADMISSION = struct.Struct("<5i4xQ3d")
+_KINDS = (PrefillBatch, DecodeBatch, ForwardBatch, SampleBatch)
+# Kind, steps, arrays, admissions, has needs, their logprobs, has masks, has targets, their logprobs
+_HEADER = struct.Struct("<9i")
+# slot, top_k, min_length, max_length, bytes of JSON, seed, temperature, top_p, min_p
+_ADMISSION = struct.Struct("<5iQ3d")
+_ADJUSTMENT_FIELDS = (
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "bad_words",
+    "thinking_end", "end_think_token_id",
+)  # fmt: skip
 
 
 def encode_batch(batch: Batch) -> bytes:
     """In the byte order of this machine: it goes to another process, not to a file."""
-    update = batch.block_table_update
-    arrays: list[Int32 | Bool] = [update.slots, update.indices, update.block_ids, batch.slots]
+    arrays: list[Int32 | Bool] = [batch.slots]
+    num_steps = 0
+    admissions: tuple[Admission, ...] = ()
+    needs, targets = None, None
+    if not isinstance(batch, SampleBatch):
+        update = batch.block_table_update
+        arrays += [update.slots, update.indices, update.block_ids]
+    if isinstance(batch, PrefillBatch):
+        arrays += [batch.start_positions, batch.query_lens, batch.is_last_chunk, batch.token_ids]
+        targets = batch.prompt_targets
     if isinstance(batch, DecodeBatch):
-        counts = (len(update.slots), len(batch.slots), batch.num_steps, 0, 0)
-        return _join(counts, arrays, [])
-    arrays += [batch.start_positions, batch.query_lens, batch.is_last_chunk, batch.token_ids]
-    arrays += [np.array(a.stop_token_ids, dtype=np.int32) for a in batch.admissions]
-    records = [
-        _ADMISSION.pack(
-            a.slot,
-            a.top_k,
-            a.min_length,
-            a.max_length,
-            len(a.stop_token_ids),
-            a.seed,
-            a.temperature,
-            a.top_p,
-            a.min_p,
+        num_steps = batch.num_steps
+    if isinstance(batch, PrefillBatch | ForwardBatch):
+        admissions = batch.admissions
+    if not isinstance(batch, ForwardBatch):
+        needs = batch.needs
+    if needs is not None:
+        arrays += [needs.adjusted_rows, needs.logprob_rows]
+        if needs.masks is not None:
+            arrays += [needs.masks.rows, needs.masks.words.reshape(-1)]
+    if targets is not None:
+        arrays += [targets.hidden_rows, targets.token_ids]
+    records, texts = [], []
+    for a in admissions:
+        arrays.append(np.array(a.stop_token_ids, dtype=np.int32))
+        text = b""
+        if a.adjustment is not None:
+            arrays += [a.adjustment.prompt_token_ids, a.adjustment.completion_token_ids]
+            values = {name: getattr(a.adjustment, name) for name in _ADJUSTMENT_FIELDS}
+            text = json.dumps(values).encode()
+        texts.append(text)
+        records.append(
+            _ADMISSION.pack(
+                a.slot,
+                a.top_k,
+                a.min_length,
+                a.max_length,
+                len(text),
+                a.seed,
+                a.temperature,
+                a.top_p,
+                a.min_p,
+            )
         )
-        for a in batch.admissions
-    ]
-    num_tokens = len(batch.token_ids)
-    counts = (len(update.slots), len(batch.slots), 0, num_tokens, len(records))
-    return _join(counts, arrays, records)
+    header = _HEADER.pack(
+        _KINDS.index(type(batch)),
+        num_steps,
+        len(arrays),
+        len(records),
+        needs is not None,
+        0 if needs is None else needs.num_logprobs,
+        needs is not None and needs.masks is not None,
+        targets is not None,
+        0 if targets is None else targets.num_logprobs,
+    )
+    lengths = np.array([len(array) for array in arrays], dtype=np.int32)
+    joined = np.concatenate(arrays, dtype=np.int32)
+    return b"".join([header, lengths.tobytes(), *records, joined.tobytes(), *texts])
 
 
 def decode_batch(payload: bytes) -> Batch:
     """What `encode_batch` was given."""
-    num_entries, num_seqs, num_steps, num_tokens, num_admissions = _COUNTS.unpack_from(payload)
-    records_end = _COUNTS.size + num_admissions * _ADMISSION.size
-    rest = np.frombuffer(payload, dtype=np.int32, offset=records_end).copy()
-
-    def take(length: int) -> Int32:
-        nonlocal rest
-        taken, rest = rest[:length], rest[length:]
-        return taken
-
-    update = BlockTableUpdate(
-        slots=take(num_entries), indices=take(num_entries), block_ids=take(num_entries)
-    )
-    slots = take(num_seqs)
-    if num_steps:
-        return DecodeBatch(block_table_update=update, slots=slots, num_steps=num_steps)
-    start_positions, query_lens = take(num_seqs), take(num_seqs)
-    is_last_chunk, token_ids = take(num_seqs) != 0, take(num_tokens)
-    records = _ADMISSION.iter_unpack(memoryview(payload)[_COUNTS.size : records_end])
-    return PrefillBatch(
-        admissions=tuple(
-            Admission(
-                slot=slot,
-                seed=seed,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                min_length=min_length,
-                max_length=max_length,
-                stop_token_ids=tuple(take(num_stops).tolist()),
-            )
-            for slot, top_k, min_length, max_length, num_stops, seed, temperature, top_p, min_p
-            in records
-        ),
-        block_table_update=update,
-        slots=slots,
-        token_ids=token_ids,
-        start_positions=start_positions,
-        query_lens=query_lens,
-        is_last_chunk=is_last_chunk,
-    )  # fmt: skip
+    (
+        kind, num_steps, num_arrays, num_admissions,
+        has_needs, num_logprobs, has_masks, has_targets, num_prompt_logprobs,
+    ) = _HEADER.unpack_from(payload)  # fmt: skip
+    lengths = np.frombuffer(payload, dtype=np.int32, offset=_HEADER.size, count=num_arrays)
+    records_start = _HEADER.size + lengths.nbytes
+    records_end = records_start + num_admissions * _ADMISSION.size
+    joined = np.frombuffer(payload, np.int32, int(lengths.sum()), records_end).copy()
+    bounds = [0, *np.cumsum(lengths).tolist()]
+    arrays = iter([joined[start:end] for start, end in pairwise(bounds)])
+    slots = next(arrays)
+    fields: dict[str, Any] = {"slots": slots}
+    batch_type = _KINDS[kind]
+    if batch_type is not SampleBatch:
+        fields["block_table_update"] = BlockTableUpdate(
+            slots=next(arrays), indices=next(arrays), block_ids=next(arrays)
+        )
+    if batch_type is PrefillBatch:
+        fields["start_positions"], fields["query_lens"] = next(arrays), next(arrays)
+        fields["is_last_chunk"], fields["token_ids"] = next(arrays) != 0, next(arrays)
+    if batch_type is DecodeBatch:
+        fields["num_steps"] = num_steps
+    if has_needs:
+        fields["needs"] = RowNeeds(
+            adjusted_rows=next(arrays),
+            logprob_rows=next(arrays),
+            num_logprobs=num_logprobs,
+            masks=_masks(next(arrays), next(arrays)) if has_masks else None,
+        )
+    if has_targets:
+        fields["prompt_targets"] = PromptTargets(
+            hidden_rows=next(arrays), token_ids=next(arrays), num_logprobs=num_prompt_logprobs
+        )
+    if batch_type in (PrefillBatch, ForwardBatch):
+        records = _ADMISSION.iter_unpack(memoryview(payload)[records_start:records_end])
+        texts = payload[records_end + joined.nbytes :]
+        fields["admissions"] = tuple(_admissions(records, arrays, texts))
+    return batch_type(**fields)
 
 
-def _join(counts: tuple[int, ...], arrays: list[Int32 | Bool], records: list[bytes]) -> bytes:
-    return b"".join(
-        [_COUNTS.pack(*counts), *records, np.concatenate(arrays, dtype=np.int32).tobytes()]
-    )
+def _masks(rows: Int32, words: Int32) -> TokenMasks:
+    return TokenMasks(rows=rows, words=words.reshape(len(rows), -1))
+
+
+def _admissions(
+    records: Iterator[Sequence[Any]], arrays: Iterator[Int32], texts: bytes
+) -> Iterator[Admission]:
+    start = 0
+    for (
+        slot, top_k, min_length, max_length, num_bytes, seed, temperature, top_p, min_p,
+    ) in records:  # fmt: skip
+        stop_token_ids = tuple(next(arrays).tolist())
+        text, start = texts[start : start + num_bytes], start + num_bytes
+        yield Admission(
+            slot=slot,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            min_length=min_length,
+            max_length=max_length,
+            stop_token_ids=stop_token_ids,
+            adjustment=_adjustment(json.loads(text), arrays) if text else None,
+        )
+
+
+def _adjustment(values: dict[str, Any], arrays: Iterator[Int32]) -> Adjustment:
+    for name in ("logit_bias", "bad_words"):
+        values[name] = tuple(map(tuple, values[name]))
+    return Adjustment(**values, prompt_token_ids=next(arrays), completion_token_ids=next(arrays))

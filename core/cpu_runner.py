@@ -2,7 +2,8 @@
 
 On a CPU a launch runs at once and eagerly, with the kernels' plain PyTorch references. A decode
 window is the same steps that a GPU replays: read each slot's last token, run the model, sample,
-advance the slot; a slot that has finished is parked, and writes to the scratch block.
+advance the slot; a slot that has finished is parked, and writes to the scratch block. What some
+rows ask beyond a token is token_choice.py's.
 """
 
 import os
@@ -14,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.batch import Batch, BatchResult, DecodeBatch, Int32, PrefillBatch
+from nanovllm_cli.core.batch import (
+    Admission,
+    Batch,
+    BatchResult,
+    DecodeBatch,
+    Int32,
+    PrefillBatch,
+    RowNeeds,
+    SampleBatch,
+)
 from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.cpu_attention import CpuAttention
 from nanovllm_cli.core.cpu_threads import CpuThreads
@@ -28,6 +38,13 @@ from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.sampler import sample
 from nanovllm_cli.core.slot_table import SlotTable
+from nanovllm_cli.core.token_choice import (
+    DeviceNeeds,
+    TokenChoice,
+    prompt_logprobs,
+    unpack,
+    unpack_steps,
+)
 from nanovllm_cli.kernels.linear import ROWS_PER_TILE
 
 _KV_TOKENS_PER_SEQ = 256  # the default cache holds so many of each running sequence
@@ -61,6 +78,8 @@ class CpuRunner:
         self.num_blocks = num_kv_blocks(kv_bytes, sizes, config)
         self._kv_caches = allocate_kv_caches(self.num_blocks, sizes, config)
         self._table = SlotTable(config.max_num_seqs, blocks_per_sequence(config), weight.device)
+        self._choice = TokenChoice(self._table, model.config.vocab_size)
+        self._half_step: tuple[Tensor, Tensor] | None = None  # a ForwardBatch's live rows, logits
         # Whether all that was ever stored in the pages is: a K or V that is not makes its own
         # token's hidden state so.
         self._is_finite = True
@@ -70,15 +89,25 @@ class CpuRunner:
             self._rows_per_part = max(rows, ROWS_PER_TILE)
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> CpuLaunch:
+    def launch(self, batch: Batch) -> CpuLaunch | None:
         """Run one launch to its end."""
+        if isinstance(batch, SampleBatch):
+            return CpuLaunch(self._sample(batch))
         self._table.extend_block_tables(batch.block_table_update)
         if isinstance(batch, PrefillBatch):
             return CpuLaunch(self._prefill(batch))
-        return CpuLaunch(self._decode(batch))
+        if isinstance(batch, DecodeBatch):
+            return CpuLaunch(self._decode(batch))
+        self._admit(batch.admissions)
+        self._half_step = self._step_logits(torch.from_numpy(batch.slots).long())
+        return None
+
+    def _admit(self, admissions: tuple[Admission, ...]) -> None:
+        self._table.admit(admissions)
+        self._choice.admit(admissions)
 
     def _prefill(self, batch: PrefillBatch) -> BatchResult:
-        self._table.admit(batch.admissions)
+        self._admit(batch.admissions)
         slots = torch.from_numpy(batch.slots).long()
         hidden = self._forward(
             torch.from_numpy(batch.token_ids).long(), slots, batch.query_lens, batch.start_positions
@@ -87,21 +116,41 @@ class CpuRunner:
         is_last = torch.from_numpy(batch.is_last_chunk)
         lengths = torch.from_numpy(batch.start_positions + batch.query_lens).long()
         self._table.length[slots] = lengths
-        window = _Window(len(slots), num_steps=1)
+        window = self._window(slots, 1, batch.needs)
+        if batch.prompt_targets is not None:
+            window.prompt_logprobs = prompt_logprobs(
+                hidden, batch.prompt_targets, self._table, self._logits
+            )
         if is_last.any():
-            window.add(0, is_last, *self._advance(hidden[ends[is_last] - 1], slots[is_last]))
+            rows = torch.nonzero(is_last).squeeze(1)
+            self._advance(window, 0, rows, self._logits(hidden[ends[rows] - 1]))
         return window.result()
 
     def _decode(self, batch: DecodeBatch) -> BatchResult:
         slots = torch.from_numpy(batch.slots).long()
-        window = _Window(len(slots), batch.num_steps)
-        query_lens = np.ones(len(slots), dtype=np.int32)
+        window = self._window(slots, batch.num_steps, batch.needs)
         for step in range(batch.num_steps):
-            is_live = ~self._table.is_finished[slots]
-            positions = (self._table.length[slots] - 1).numpy().astype(np.int32)
-            hidden = self._forward(self._table.last_token[slots], slots, query_lens, positions)
-            window.add(step, is_live, *self._advance(hidden[is_live], slots[is_live]))
+            self._advance(window, step, *self._step_logits(slots))
         return window.result()
+
+    def _sample(self, batch: SampleBatch) -> BatchResult:
+        assert self._half_step is not None, "no ForwardBatch before"
+        rows_and_logits, self._half_step = self._half_step, None
+        window = self._window(torch.from_numpy(batch.slots).long(), 1, batch.needs)
+        self._advance(window, 0, *rows_and_logits)
+        return window.result()
+
+    def _window(self, slots: Tensor, num_steps: int, needs: RowNeeds | None) -> "_Window":
+        device_needs = None if needs is None else DeviceNeeds.of(needs, self._table)
+        return _Window(slots, num_steps, device_needs)
+
+    def _step_logits(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """The model run on the last tokens of `slots`: which are live, and the logits of those."""
+        rows = torch.nonzero(~self._table.is_finished[slots]).squeeze(1)
+        query_lens = np.ones(len(slots), dtype=np.int32)
+        positions = (self._table.length[slots] - 1).numpy().astype(np.int32)
+        hidden = self._forward(self._table.last_token[slots], slots, query_lens, positions)
+        return rows, self._logits(hidden[rows])
 
     def _forward(
         self, token_ids: Tensor, slots: Tensor, query_lens: Int32, start_positions: Int32
@@ -146,16 +195,24 @@ class CpuRunner:
         """One for each thread, but none too small to be worth a thread."""
         return max(1, min(self._threads.num_threads, num_rows // self._rows_per_part))
 
-    def _advance(self, hidden: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample the slots' next tokens and move the slots on; also says who stopped or failed."""
-        table = self._table
-        token_ids, is_nan = sample(self._logits(hidden), table, slots)
+    def _advance(self, window: "_Window", step: int, rows: Tensor, logits: Tensor) -> None:
+        """Sample the next tokens of some rows of a launch and move their slots on."""
+        table, slots = self._table, window.slots[rows]
+        if window.needs is None:
+            token_ids, is_nan = sample(logits, table, slots)
+        else:
+            needs, is_asked = window.needs.among(rows)
+            token_ids, is_nan, packed = self._choice.choose(
+                logits, slots, needs, lambda logits, slots: sample(logits, table, slots)
+            )
+            if packed is not None:
+                window.logprobs[step, is_asked] = packed
         is_stopped = (token_ids.unsqueeze(1) == table.stop_token_ids[slots]).any(dim=1) & ~is_nan
         table.last_token[slots] = token_ids
         table.length[slots] += 1
         is_full = table.length[slots] >= table.max_length[slots]
         table.is_finished[slots] = is_stopped | is_nan | is_full
-        return token_ids, is_stopped, is_nan
+        window.add(step, rows, token_ids, is_stopped, is_nan)
 
 
 def _kv_bytes(config: ResolvedConfig, sizes: ModelConfig) -> int:
@@ -177,24 +234,38 @@ def _even_parts(num_rows: int, num_parts: int) -> list[tuple[int, int]]:
 class _Window:
     """The tokens of a launch, gathered step by step."""
 
-    def __init__(self, num_sequences: int, num_steps: int) -> None:
-        self._token_ids = torch.zeros((num_sequences, num_steps), dtype=torch.int32)
-        self._num_tokens = torch.zeros(num_sequences, dtype=torch.int32)
-        self._is_stopped = torch.zeros(num_sequences, dtype=torch.bool)
-        self._is_nan = torch.zeros(num_sequences, dtype=torch.bool)
+    def __init__(self, slots: Tensor, num_steps: int, needs: DeviceNeeds | None) -> None:
+        self.slots = slots
+        self.needs = needs
+        self.prompt_logprobs: Tensor | None = None  # packed, as the others
+        if needs is not None:
+            width = 1 + 2 * needs.num_logprobs
+            self.logprobs = torch.zeros(
+                (num_steps, len(needs.logprob_rows), width), dtype=torch.int32
+            )
+        self._token_ids = torch.zeros((len(slots), num_steps), dtype=torch.int32)
+        self._num_tokens = torch.zeros(len(slots), dtype=torch.int32)
+        self._is_stopped = torch.zeros(len(slots), dtype=torch.bool)
+        self._is_nan = torch.zeros(len(slots), dtype=torch.bool)
 
     def add(
-        self, step: int, is_live: Tensor, token_ids: Tensor, is_stopped: Tensor, is_nan: Tensor
+        self, step: int, rows: Tensor, token_ids: Tensor, is_stopped: Tensor, is_nan: Tensor
     ) -> None:
-        self._token_ids[is_live, step] = token_ids.int()
-        self._num_tokens += is_live
-        self._is_stopped[is_live] = is_stopped
-        self._is_nan[is_live] = is_nan
+        self._token_ids[rows, step] = token_ids.int()
+        self._num_tokens[rows] += 1
+        self._is_stopped[rows] = is_stopped
+        self._is_nan[rows] = is_nan
 
     def result(self) -> BatchResult:
+        logprobs = None
+        if self.needs is not None and len(self.needs.logprob_rows):
+            logprobs = unpack_steps(self.needs.logprob_rows.numpy(), self.logprobs.numpy())
+        prompt = self.prompt_logprobs
         return BatchResult(
             token_ids=self._token_ids.numpy(),
             num_tokens=self._num_tokens.numpy(),
             is_stopped=self._is_stopped.numpy(),
             is_nan=self._is_nan.numpy(),
+            logprobs=logprobs,
+            prompt_logprobs=None if prompt is None else unpack(prompt.numpy()),
         )

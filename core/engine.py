@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nanovllm_cli.core.batch import DecodeBatch
+from nanovllm_cli.core.batch import PrefillBatch, SampleBatch
 from nanovllm_cli.core.block_manager import BlockManager
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.cpu_runner import CpuRunner
@@ -125,10 +125,12 @@ class Engine:
         """Make one launch, if there is one to make, and read what is due."""
         batch = self._scheduler.schedule()
         if batch is not None:
-            if not self._launches:
+            if not self._launches and not isinstance(batch, SampleBatch):
                 self._last_read = time.perf_counter()
-            is_decode = isinstance(batch, DecodeBatch)
-            self._launches.append((self._runner.launch(batch), is_decode))
+            is_decode = not isinstance(batch, PrefillBatch)
+            own = self._runner.launch(batch)
+            if own is not None:
+                self._launches.append((own, is_decode))
         if self._launches and (batch is None or len(self._launches) > self._max_launches_in_flight):
             launch, is_decode = self._launches.popleft()
             result = launch.result()

@@ -1,10 +1,10 @@
 """GpuRunner: one GPU's weights, KV cache, slot table and captured decode steps: Batch -> token ids.
 
 Launches are enqueued on one stream and read later. A prefill runs eagerly; a decode window replays
-the captured step of its bucket once a step, with nothing from the host in between.
+the captured step of its bucket once a step, with nothing from the host in between. Where a row asks
+for more than a draw, each step replays a graph of the model alone, captured when it is first
+needed, and what token_choice.py does follows eagerly; nothing waits there either.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,15 +13,20 @@ from torch import Tensor
 
 from nanovllm_cli.core.attention_backend import PackedSequences
 from nanovllm_cli.core.batch import (
+    Admission,
     Batch,
-    BatchResult,
     BlockTableUpdate,
     DecodeBatch,
+    ForwardBatch,
+    Int32,
     PrefillBatch,
+    RowNeeds,
+    SampleBatch,
     packed_positions,
 )
 from nanovllm_cli.core.gpu_attention import DecodeAttention, PrefillAttention
 from nanovllm_cli.core.gpu_errors import gpu_errors
+from nanovllm_cli.core.gpu_launch import GpuLaunch
 from nanovllm_cli.core.kernel_warm_up import layer_kernels, run_side_by_side
 from nanovllm_cli.core.kv_cache import (
     KVCache,
@@ -33,44 +38,28 @@ from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.slot_table import SlotTable
 from nanovllm_cli.core.staging import Staging
+from nanovllm_cli.core.token_choice import DeviceNeeds, TokenChoice, prompt_logprobs
 from nanovllm_cli.kernels.decode_attention import DecodePlan, plan_decode_attention
 from nanovllm_cli.kernels.decode_step import OUT_ROWS_BEFORE_TOKENS, advance, prepare
 from nanovllm_cli.kernels.fused_sampling import sample
 
 _GRAPH_BYTES = 512 << 20  # left for the captured steps' own memory
+_LARGE_MODEL_PARAMETERS = 2_000_000_000
 
 
-def graph_batch_sizes(max_num_seqs: int) -> list[int]:
-    """The captured batch sizes: 1, 2, 4, then steps of 8, 16 from 32 on, a quarter from 256 on.
+def graph_batch_sizes(max_num_seqs: int, num_parameters: int) -> list[int]:
+    """The captured batch sizes: 1, 2, 4, then steps of 8 or 16, a quarter from 256 on.
 
-    They end at the maximum. Products of a large model take longer with every 16 rows.
+    They end at the maximum. A large model's products take longer with every 8 rows, as wide as
+    cuBLAS's tiles differ; a small model's do not, and a capture takes 20 ms or more of its start.
     """
     sizes = [size for size in (1, 2, 4) if size < max_num_seqs]
+    step = 8 if num_parameters >= _LARGE_MODEL_PARAMETERS else 16
     size = 8
     while size < max_num_seqs:
         sizes.append(size)
-        size += 8 if size < 32 else 16 if size < 256 else (1 << size.bit_length()) // 8
+        size += 8 if size < 32 else step if size < 256 else (1 << size.bit_length()) // 8
     return [*sizes, max_num_seqs]
-
-
-@dataclass(frozen=True, slots=True)
-class GpuLaunch:
-    """A launch under way; `result` waits for it."""
-
-    done: torch.cuda.Event
-    out: Tensor  # pinned int32 [OUT_ROWS_BEFORE_TOKENS + num_steps, num_seqs]
-
-    @gpu_errors()
-    def result(self) -> BatchResult:
-        """The tokens, copied out of the pinned buffer."""
-        self.done.synchronize()
-        num_tokens, is_stopped, is_nan, *token_ids = self.out.numpy().copy()
-        return BatchResult(
-            token_ids=np.stack(token_ids, axis=1),
-            num_tokens=num_tokens,
-            is_stopped=is_stopped != 0,
-            is_nan=is_nan != 0,
-        )
 
 
 class GpuRunner:
@@ -87,6 +76,8 @@ class GpuRunner:
         self._attention_backend = config.attention_backend
         self._staging = Staging(device, num_arenas=config.max_launches_in_flight + 2)
         self._table = SlotTable(max_num_seqs, blocks_per_sequence(config), device, self._staging)
+        self._choice = TokenChoice(self._table, model.config.vocab_size)
+        self._is_choice_compiled = False
         self._plan = DecodePlan.allocate(
             max_num_seqs=max_num_seqs,
             num_heads=sizes.num_attention_heads,
@@ -106,8 +97,11 @@ class GpuRunner:
         self._context_lens = zeros(max_num_seqs + 1)  # by slot
         self._step = zeros(1)
         self._out = zeros(OUT_ROWS_BEFORE_TOKENS + config.max_window_steps, max_num_seqs)
-        self._batch_sizes = graph_batch_sizes(max_num_seqs)
+        self._batch_sizes = graph_batch_sizes(max_num_seqs, model.config.num_parameters)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # Without the draw, and the hidden states that each writes.
+        self._forward_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._half_step: Tensor | None = None  # a ForwardBatch's logits
         self._kv_caches: list[KVCache] = []
         with torch.inference_mode():
             self._kv_caches = allocate_kv_caches(2, sizes, config)
@@ -124,46 +118,121 @@ class GpuRunner:
 
     @gpu_errors()
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> GpuLaunch:
+    def launch(self, batch: Batch) -> GpuLaunch | None:
         """Enqueue one launch; raises GpuFailed."""
         return self._launch(batch)
 
-    def _launch(self, batch: Batch) -> GpuLaunch:
-        self._staging.next_launch()
-        self._table.extend_block_tables(batch.block_table_update)
+    def _launch(self, batch: Batch) -> GpuLaunch | None:
+        if not isinstance(batch, SampleBatch):  # it goes on with its ForwardBatch's
+            self._staging.next_launch()
+            self._table.extend_block_tables(batch.block_table_update)
+            self._step.zero_()
+        if isinstance(batch, ForwardBatch):
+            self._admit(batch.admissions)
+            self._half_step = self._forward(self._take_slots(batch.slots))
+            return None
         self._out[:OUT_ROWS_BEFORE_TOKENS].zero_()
-        self._step.zero_()
+        num_steps, needs, asked = 1, self._needs(batch.needs), None
         if isinstance(batch, DecodeBatch):
-            num_seqs, num_steps = len(batch.slots), batch.num_steps
-            self._decode(batch)
+            num_steps = batch.num_steps
+            packed = self._decode(batch, needs)
+        elif isinstance(batch, SampleBatch):
+            assert self._half_step is not None, "no ForwardBatch before"
+            logits, self._half_step = self._half_step, None
+            packed = [self._sample(logits, self._slots[: len(logits)], needs)]
         else:
-            num_seqs, num_steps = len(batch.slots), 1
-            self._prefill(batch)
-        num_rows = OUT_ROWS_BEFORE_TOKENS + num_steps
-        host = self._staging.host_tensor((num_rows, num_seqs))
-        host.copy_(self._out[:num_rows, :num_seqs].contiguous(), non_blocking=True)
+            hidden, packed = self._prefill(batch, needs)
+            if batch.prompt_targets is not None:
+                asked = prompt_logprobs(
+                    hidden, batch.prompt_targets, self._table, self._model.logits
+                )
+        logprobs = [step for step in packed if step is not None]
+        return self._read_later(
+            self._out[: OUT_ROWS_BEFORE_TOKENS + num_steps, : len(batch.slots)],
+            batch.needs,
+            torch.stack(logprobs) if logprobs else None,
+            asked,
+        )
+
+    def _read_later(
+        self, out: Tensor, needs: RowNeeds | None, logprobs: Tensor | None, asked: Tensor | None
+    ) -> GpuLaunch:
+        """Copies to pinned memory, enqueued."""
+
+        def to_host(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            host = self._staging.host_tensor(tuple(values.shape))
+            return host.copy_(values.contiguous(), non_blocking=True)
+
+        host = to_host(out)
+        assert host is not None, "there is always an output"
+        rows = None if needs is None else needs.logprob_rows
+        logprobs, asked = to_host(logprobs), to_host(asked)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        return GpuLaunch(done, host)
+        return GpuLaunch(
+            done=done, out=host, logprob_rows=rows, logprobs=logprobs, prompt_logprobs=asked
+        )
 
-    def _decode(self, batch: DecodeBatch) -> None:
-        num_seqs = len(batch.slots)
-        # Eager steps are filled up as captured ones are: a product's last bits depend on its size.
-        size = next(size for size in self._batch_sizes if size >= num_seqs)
+    def _admit(self, admissions: tuple[Admission, ...]) -> None:
+        self._table.admit(admissions)
+        self._choice.admit(admissions)
+
+    def _needs(self, needs: RowNeeds | None) -> DeviceNeeds | None:
+        if needs is None:
+            return None
+        if not self._is_choice_compiled:  # one after the other they take as long as a hang
+            dtype = self._model.embed_tokens.weight.dtype
+            run_side_by_side(self._choice.kernels(dtype, self._draw), self._device)
+            self._is_choice_compiled = True
+        return DeviceNeeds.of(needs, self._table)
+
+    def _take_slots(self, batch_slots: Int32) -> int:
+        """Put the slots of a decode step where it finds them; the batch size that it takes.
+
+        Eager steps are filled up as captured ones are: a product's last bits depend on its size.
+        """
+        size = next(size for size in self._batch_sizes if size >= len(batch_slots))
         slots = np.full(size, self._table.idle_slot, dtype=np.int32)
-        slots[:num_seqs] = batch.slots
+        slots[: len(batch_slots)] = batch_slots
         self._slots[:size] = self._table.to_device(slots)
+        return size
+
+    def _decode(self, batch: DecodeBatch, needs: DeviceNeeds | None) -> list[Tensor | None]:
+        """Every step's packed log-probabilities."""
+        size = self._take_slots(batch.slots)
+        packed: list[Tensor | None] = []
         for _ in range(batch.num_steps):
-            if self._graphs:
+            if needs is not None:
+                packed.append(self._sample(self._forward(size), self._slots[:size], needs))
+            elif self._graphs:
                 self._graphs[size].replay()
             else:
                 self._decode_step(size)
+        return packed
 
     def _decode_step(self, size: int) -> None:
         """One step of the first `size` entries of the slot list; this is what is captured."""
+        self._sample(self._model.logits(self._hidden(size)), self._slots[:size])
+
+    def _hidden(self, size: int) -> Tensor:
         attention = self._prepare(size)
-        hidden = self._model(self._token_ids[:size], self._kv_caches, attention)
-        self._sample(self._model.logits(hidden), self._slots[:size])
+        return self._model(self._token_ids[:size], self._kv_caches, attention)
+
+    def _forward(self, size: int) -> Tensor:
+        """The logits of a step of the first `size` entries of the slot list."""
+        if not self._graphs:
+            return self._model.logits(self._hidden(size))
+        if size not in self._forward_graphs:
+            graph = torch.cuda.CUDAGraph()
+            pool = self._graphs[size].pool()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
+                hidden = self._hidden(size)
+            self._forward_graphs[size] = graph, hidden
+        graph, hidden = self._forward_graphs[size]
+        graph.replay()
+        return self._model.logits(hidden)
 
     def _prepare(self, size: int) -> DecodeAttention:
         slots, table = self._slots[:size], self._table
@@ -186,9 +255,12 @@ class GpuRunner:
             plan=self._plan,
         )
 
-    def _prefill(self, batch: PrefillBatch) -> None:
+    def _prefill(
+        self, batch: PrefillBatch, needs: DeviceNeeds | None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The hidden states of all its tokens, and its packed log-probabilities."""
         table = self._table
-        table.admit(batch.admissions)
+        self._admit(batch.admissions)
         token_ids, rows, positions = self._to_device(
             batch.token_ids, *packed_positions(batch.query_lens, batch.start_positions)
         )
@@ -228,7 +300,8 @@ class GpuRunner:
         hidden = self._model(token_ids, self._kv_caches, attention)
         table.length[slots.long()] = lengths
         self._step.fill_(1)  # what `prepare` does in a decode step
-        self._sample(self._model.logits(hidden[last_rows.long()]), sampling_slots)
+        logits = self._model.logits(hidden[last_rows.long()])
+        return hidden, [self._sample(logits, sampling_slots, needs)]
 
     def _to_device(self, *rows: npt.NDArray[np.integer]) -> list[Tensor]:
         """Host arrays as int32 tensors, in one copy.
@@ -242,9 +315,22 @@ class GpuRunner:
         device = self._table.to_device(host)
         return [row[: len(values)] for row, values in zip(device, rows, strict=True)]
 
-    def _sample(self, logits: Tensor, slots: Tensor) -> None:
+    def _sample(
+        self, logits: Tensor, slots: Tensor, needs: DeviceNeeds | None = None
+    ) -> Tensor | None:
+        """Draw the next tokens and move the slots on; the packed log-probabilities asked for."""
+        if needs is None:
+            sampled, is_nan = self._draw(logits, slots)
+            packed = None
+        else:
+            sampled, is_nan, packed = self._choice.choose(logits, slots, needs, self._draw)
+        out, step = self._out, self._step
+        advance(slots, sampled, is_nan.view(torch.int8), self._table, out=out, step=step)
+        return packed
+
+    def _draw(self, logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         table = self._table
-        sampled, is_nan = sample(
+        return sample(
             logits,
             slots,
             length=table.length,
@@ -256,7 +342,6 @@ class GpuRunner:
             top_p=table.top_p,
             min_p=table.min_p,
         )
-        advance(slots, sampled, is_nan.view(torch.int8), table, out=self._out, step=self._step)
 
     def _free_bytes(self, config: ResolvedConfig) -> int:
         """What the worst prefill and the widest decode step leave of the allowed memory."""

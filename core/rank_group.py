@@ -67,7 +67,8 @@ class RankGroup:
         self._may_hang = False  # rank 0, in a collective that a rank is lost to
         self._num_meetings = 0
         self._changed = threading.Condition()
-        self._store_fd = os.memfd_create("ranks")  # NCCL may look into it at any time
+        # Never closed: torch looks into it by its number as late as at its own end.
+        self._store_fd = os.memfd_create("ranks")
         self._followers: list[_Follower] = []
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         try:
@@ -95,7 +96,7 @@ class RankGroup:
             self._end_followers()  # what graphs there are still hold collectives
             raise
 
-    def launch(self, batch: Batch, own: Runner) -> Launch:
+    def launch(self, batch: Batch, own: Runner) -> Launch | None:
         """The same launch on every rank."""
         if self.death is not None:
             self._raise_death()
@@ -113,10 +114,9 @@ class RankGroup:
         """
         if self._is_closing:
             return
-        self._is_closing = True
-        if self.death is None and self.parallel.collectives is not None:
-            self.parallel.collectives.close()
         self._end_followers()
+        if self.parallel.collectives is not None:
+            self.parallel.collectives.close()
 
     def _end_followers(self) -> None:
         """Politely first: one with nothing to do ends as soon as the connection does."""
@@ -134,7 +134,6 @@ class RankGroup:
             self._watcher.join()
         for follower in self._followers:
             follower.channel.close()
-        os.close(self._store_fd)
 
     def _meet(self) -> None:
         """Wait until every other rank has come as far, or raise what one has ended with."""
@@ -221,7 +220,7 @@ class _LeadingRunner:
         self._ranks = ranks
         self.num_blocks = own.num_blocks
 
-    def launch(self, batch: Batch) -> Launch:
+    def launch(self, batch: Batch) -> Launch | None:
         return self._ranks.launch(batch, self._own)
 
 

@@ -17,5 +17,5 @@ class Runner(Protocol):
 
     num_blocks: int  # of the KV cache, the scratch block included
 
-    def launch(self, batch: Batch) -> Launch:
-        """Start one launch."""
+    def launch(self, batch: Batch) -> Launch | None:
+        """Start one launch; None for a ForwardBatch, of which nothing comes back."""

@@ -68,6 +68,8 @@ class SamplingParams:
         for token_id, bias in self.logit_bias:
             _check(f"logit_bias of {token_id}", bias, -100.0 <= bias <= 100.0, "-100 to 100")
         count = len(self.logit_bias)
+        is_once = len({token_id for token_id, _ in self.logit_bias}) == count
+        _check("logit_bias", self.logit_bias, is_once, "one bias a token")
         _check("the length of logit_bias", count, count <= MAX_LOGIT_BIAS, f"0 to {MAX_LOGIT_BIAS}")
         count = len(self.bad_words)
         _check("the number of bad_words", count, count <= MAX_BAD_WORDS, f"0 to {MAX_BAD_WORDS}")
@@ -78,6 +80,11 @@ class SamplingParams:
     @property
     def changes_logits(self) -> bool:
         """Whether anything but the filters and the temperature stands before the choice."""
+        return self.adjusts_logits or self.grammar is not None
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether anything but a grammar does: what the device sees to by itself."""
         return bool(
             self.logit_bias
             or self.bad_words
@@ -85,7 +92,6 @@ class SamplingParams:
             or self.presence_penalty
             or self.frequency_penalty
             or self.thinking_budget is not None
-            or self.grammar is not None
         )
 
 

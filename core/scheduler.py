@@ -15,6 +15,7 @@ always runs between a preemption and the next admission, and the engine always a
 
 from collections import deque
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,14 +33,31 @@ from nanovllm_cli.core.request import (
     Failure,
     FailureCode,
     FinishReason,
+    Logprobs,
     NewTokens,
     Output,
     Request,
     TokenIds,
 )
+from nanovllm_cli.core.row_needs import (
+    ResultLogprobs,
+    adjustment_of,
+    joined,
+    needs_of,
+    take_prompt_targets,
+    tokens_named_by,
+)
 from nanovllm_cli.core.sampling_params import MAX_STOP_TOKEN_IDS
 from nanovllm_cli.core.sequence import Sequence, SequenceStatus
 from nanovllm_cli.core.stats import EngineStats
+
+
+class _Launched(NamedTuple):
+    """A launch that is not yet read: its rows."""
+
+    sequences: list[Sequence]
+    num_planned: list[int]  # tokens of each
+    target_counts: list[int]  # prompt tokens of each whose log-probabilities it gives
 
 
 class Scheduler:
@@ -67,7 +85,8 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}  # by request id, in order of admission
         self._chunked: Sequence | None = None  # the running one whose prompt is not done
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self._launched: deque[tuple[list[Sequence], list[int]]] = deque()
+        self._num_asking = 0  # running ones that ask more than tokens
+        self._launched: deque[_Launched] = deque()
         self._by_id: dict[int, Sequence] = {}
         self._new_admissions: list[Admission] = []
         self._new_blocks: list[tuple[int, int, int]] = []  # (slot, index, block id)
@@ -114,6 +133,13 @@ class Scheduler:
                 "bad_parameters",
                 f"{len(stop_token_ids)} stop token ids, eos included; at most {MAX_STOP_TOKEN_IDS}",
             )
+        if (wrong := self._unknown_token(tokens_named_by(sampling))) is not None:
+            return failure("bad_parameters", f"token id {wrong} of a setting {limit}")
+        most = max(sampling.logprobs or 0, sampling.prompt_logprobs or 0)
+        if most > self._vocab_size:
+            return failure(
+                "bad_parameters", f"{most} likeliest tokens of a vocabulary of {self._vocab_size}"
+            )
         max_length = self._max_model_len
         if sampling.max_tokens is not None:
             max_length = min(max_length, length + sampling.max_tokens)
@@ -147,7 +173,8 @@ class Scheduler:
 
     def update(self, result: BatchResult) -> list[Output]:
         """Take in the oldest launch's tokens; returns what has finished, failed or moved on."""
-        sequences, num_planned = self._launched.popleft()
+        sequences, num_planned, target_counts = self._launched.popleft()
+        logprobs = ResultLogprobs(result, target_counts)
         outputs: list[Output] = []
         for i, sequence in enumerate(sequences):
             if sequence.status is SequenceStatus.FINISHED:
@@ -164,10 +191,15 @@ class Scheduler:
                     )
                 )
                 continue
+            if (prompt := logprobs.of_prompt(i, sequence.num_prompt_logprobs)) is not None:
+                sequence.prompt_logprobs.append(prompt)
             token_ids = result.token_ids[i, : result.num_tokens[i]]
             if not len(token_ids):
                 continue
             sequence.append(token_ids)
+            own = logprobs.of_tokens(i, len(token_ids), sequence.num_logprobs)
+            if own is not None:
+                sequence.logprobs.append(own)
             self.stats.num_completion_tokens += len(token_ids)
             if result.is_stopped[i]:
                 outputs.append(self._complete(sequence, "stop"))
@@ -177,9 +209,7 @@ class Scheduler:
                 if sequence.slot is not None:
                     self._publish(sequence)
                 if sequence.request.reports_tokens:
-                    outputs.append(
-                        NewTokens(request_id=sequence.request.request_id, token_ids=token_ids)
-                    )
+                    outputs.append(self._new_tokens(sequence, token_ids, own))
         return outputs
 
     def _schedule_prefill(self) -> PrefillBatch | None:
@@ -203,7 +233,11 @@ class Scheduler:
         query_lens = np.array([num_tokens for _, num_tokens in scheduled], dtype=np.int32)
         starts = ends - query_lens
         in_flight = [s.num_in_flight_tokens for s in sequences]
-        self._launched.append((sequences, in_flight))
+        targets, target_counts = take_prompt_targets(sequences, starts, ends)
+        self._launched.append(_Launched(sequences, in_flight, target_counts))
+        needs = None
+        if self._num_asking:
+            needs = needs_of(s if s.num_in_flight_tokens else None for s in sequences)
         slots = _slots_of(sequences)
         self._leave_if_full(sequences)
         return PrefillBatch(
@@ -216,6 +250,8 @@ class Scheduler:
             start_positions=starts,
             query_lens=query_lens,
             is_last_chunk=np.array(in_flight, dtype=np.bool_),
+            needs=needs,
+            prompt_targets=targets,
         )
 
     def _admit(self) -> Sequence | None:
@@ -224,7 +260,10 @@ class Scheduler:
             return None
         sequence, blocks = self._waiting[0], self._block_manager
         blocks.hash_blocks(sequence.token_ids, sequence.block_hashes)
-        cached = blocks.find_prefix(sequence.token_ids, sequence.block_hashes)
+        findable = sequence.block_hashes
+        if sequence.next_prompt_target is not None:  # the token before it must be computed
+            findable = findable[: (sequence.next_prompt_target - 1) // blocks.block_size]
+        cached = blocks.find_prefix(sequence.token_ids, findable)
         num_new = blocks.num_blocks_for(sequence.num_tokens) - len(cached)
         needed = num_new + blocks.num_free_among(cached)
         if self._running:
@@ -232,6 +271,7 @@ class Scheduler:
         if needed > blocks.num_free_blocks:
             return None
         self._waiting.popleft()
+        self._num_asking += sequence.asks
         self._running[sequence.request.request_id] = sequence
         blocks.take(cached)
         sequence.status = SequenceStatus.RUNNING
@@ -257,6 +297,7 @@ class Scheduler:
                 min_length=sequence.min_length,
                 max_length=sequence.max_length,
                 stop_token_ids=sequence.stop_token_ids,
+                adjustment=adjustment_of(sequence),
             )
         )
         return sequence
@@ -277,11 +318,16 @@ class Scheduler:
             self._grow(sequence, sequence.planned_length - 1)
         self.stats.num_decode_steps += num_steps
         self.stats.num_decode_slots += num_steps * len(sequences)
-        self._launched.append((sequences, [num_steps] * len(sequences)))
+        count = len(sequences)
+        self._launched.append(_Launched(sequences, [num_steps] * count, [0] * count))
+        needs = needs_of(sequences) if self._num_asking else None
         slots = _slots_of(sequences)
         self._leave_if_full(sequences)
         return DecodeBatch(
-            block_table_update=self._take_block_table_update(), slots=slots, num_steps=num_steps
+            block_table_update=self._take_block_table_update(),
+            slots=slots,
+            num_steps=num_steps,
+            needs=needs,
         )
 
     def _window_steps(self, sequences: list[Sequence]) -> int:
@@ -347,6 +393,20 @@ class Scheduler:
             finish_reason=finish_reason,
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached_tokens or 0,
+            logprobs=joined(sequence.logprobs, sequence.num_logprobs),
+            prompt_logprobs=joined(sequence.prompt_logprobs, sequence.num_prompt_logprobs),
+        )
+
+    def _new_tokens(
+        self, sequence: Sequence, token_ids: TokenIds, own: Logprobs | None
+    ) -> NewTokens:
+        is_first = len(sequence.completion_token_ids) == len(token_ids)
+        k = sequence.num_prompt_logprobs if is_first else None
+        return NewTokens(
+            request_id=sequence.request.request_id,
+            token_ids=token_ids,
+            logprobs=own,
+            prompt_logprobs=joined(sequence.prompt_logprobs, k),
         )
 
     def _finish(self, sequence: Sequence) -> None:
@@ -370,6 +430,7 @@ class Scheduler:
         """Give back a running sequence's slot and blocks."""
         assert sequence.slot is not None, "a running sequence has a slot"
         del self._running[sequence.request.request_id]
+        self._num_asking -= sequence.asks
         if self._chunked is sequence:
             self._chunked = None
         self._free_slots.append(sequence.slot)

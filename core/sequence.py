@@ -4,7 +4,7 @@ from enum import Enum, auto
 
 import numpy as np
 
-from nanovllm_cli.core.request import Request, TokenIds
+from nanovllm_cli.core.request import Logprobs, Request, TokenIds
 
 
 class SequenceStatus(Enum):
@@ -23,10 +23,11 @@ class Sequence:
     """
 
     __slots__ = (
-        "_tokens", "block_hashes", "block_table", "max_length", "min_length",
-        "num_cached_tokens", "num_computed_tokens", "num_in_flight_tokens",
-        "num_prefilled_tokens", "num_prompt_tokens", "num_published_blocks", "num_tokens",
-        "request", "slot", "status", "stop_token_ids",
+        "_tokens", "block_hashes", "block_table", "logprobs", "max_length", "min_length",
+        "next_prompt_target", "num_cached_tokens", "num_computed_tokens", "num_in_flight_tokens",
+        "num_logprobs", "num_prefilled_tokens", "num_prompt_logprobs", "num_prompt_tokens",
+        "num_published_blocks", "num_tokens", "prompt_logprobs", "request", "slot", "status",
+        "stop_token_ids",
     )  # fmt: skip
 
     def __init__(self, request: Request, max_length: int, stop_token_ids: tuple[int, ...]) -> None:
@@ -44,6 +45,20 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_hashes: list[int] = []  # of the full blocks hashed so far
         self.num_published_blocks = 0
+        self.num_logprobs = request.sampling.logprobs
+        self.num_prompt_logprobs = request.sampling.prompt_logprobs
+        self.logprobs: list[Logprobs] = []  # launch by launch, as they were read
+        self.prompt_logprobs: list[Logprobs] = []
+        # The first prompt token that wants a log-probability which no launch so far gives.
+        self.next_prompt_target: int | None = None
+        start = request.sampling.prompt_logprobs_start
+        if self.num_prompt_logprobs is not None and start < self.num_prompt_tokens:
+            self.next_prompt_target = start
+
+    @property
+    def asks(self) -> bool:
+        """Whether it asks more of a launch that draws its tokens than those."""
+        return self.num_logprobs is not None or self.request.sampling.adjusts_logits
 
     @property
     def token_ids(self) -> TokenIds:

@@ -7,7 +7,6 @@ runs to its given length (end-of-text ignored), so that the work is the same wha
 import gc
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +35,7 @@ from .builtin_configs import builtin_config
 from .exit_code import CommandError, ExitCode
 from .files import io_errors
 from .machine import device_name, gpu_counters, seconds_since_process_start, software
-from .measurement import measure
+from .measurement import Draw, measure
 from .models import resolve_model
 from .placement import parallel_notes
 from .roofline import bound, loads
@@ -60,9 +59,10 @@ def bench(options: BenchOptions) -> ExitCode:
 
     draw = _workload(options, model, checkpoint)
     workload = draw(0)
-    if options.limit is not None and options.limit > len(workload):
+    if options.limit is not None and options.limit * options.num_copies > len(workload):
         raise UserError(
-            f"--limit is {options.limit}; {options.workload} has {len(workload)} sequences"
+            f"--limit is {options.limit}; {options.workload} has "
+            f"{len(workload) // options.num_copies} sequences"
         )
     check_fits(workload, settings.max_model_len)
     record = identity(options, workload, settings, device_name(settings.device))
@@ -131,10 +131,8 @@ def _find_model(options: BenchOptions) -> tuple[ModelConfig, Path | None]:
     return ModelConfig.from_directory(path), path
 
 
-def _workload(
-    options: BenchOptions, model: ModelConfig, checkpoint: Path | None
-) -> Callable[[int], Workload]:
-    """The sequences of each pass, the first `--limit` of them."""
+def _workload(options: BenchOptions, model: ModelConfig, checkpoint: Path | None) -> Draw:
+    """The sequences of each pass, the first `--limit` of them, once for each engine or for all."""
     if options.is_fixed:
         make = WORKLOADS[options.workload]
     else:
@@ -150,8 +148,12 @@ def _workload(
             limit=options.limit,
         )
 
-    def draw(repeat: int) -> Workload:
-        sequences = make(repeat)[: options.limit]
+    def draw(repeat: int, copies: int = options.num_copies) -> Workload:
+        sequences = [
+            sequence
+            for copy in range(copies)
+            for sequence in make(repeat * copies + copy)[: options.limit]
+        ]
         # A small model has fewer tokens than are drawn.
         return [(prompt % model.vocab_size, num_tokens) for prompt, num_tokens in sequences]
 

@@ -48,6 +48,10 @@ def bench_command(
         False, "--no-single", panel=_RECORD,
         help="With --tp or --dp: leave out the pass of one engine alone on one GPU.",
     ),
+    weak_scaling: bool = option(
+        False, "--weak-scaling", panel=_WORK,
+        help="With --dp: the whole workload for each engine; the one alone has one of them.",
+    ),
     model: flags.Model = DEFAULT_MODEL,
     dtype: flags.DType = flags.DEFAULTS.dtype,
     max_model_len: flags.MaxModelLen = None,
@@ -111,6 +115,7 @@ def bench_command(
                 fail_if_slower=fail_if_slower,
                 profile=profile,
                 data_parallel_size=data_parallel_size,
+                weak_scaling=weak_scaling,
                 single=not no_single,
                 engine=engine,
             )

@@ -28,6 +28,7 @@ class BenchOptions:
     fail_if_slower: float | None = None  # percent
     profile: Path | None = None  # a directory for traces
     data_parallel_size: int = 1  # engines
+    weak_scaling: bool = False  # the whole workload for each engine, not a share of it
     single: bool = True  # one engine alone as well, where several GPUs are measured
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -65,6 +66,8 @@ class BenchOptions:
                     f"--fail-if-slower is {self.fail_if_slower:g}; it is a percentage, from 0 to "
                     "below 100"
                 )
+        if self.weak_scaling and self.data_parallel_size == 1:
+            raise UserError("--weak-scaling is for several engines", "Add --data-parallel-size N.")
         if self.profile is not None and self.data_parallel_size > 1:
             raise UserError(
                 f"--profile is for an engine in this process; with --data-parallel-size "
@@ -78,6 +81,11 @@ class BenchOptions:
     def num_gpus(self) -> int:
         """On a CPU, processes."""
         return self.data_parallel_size * self.engine.tensor_parallel_size
+
+    @property
+    def num_copies(self) -> int:
+        """How often the workload is run in one pass."""
+        return self.data_parallel_size if self.weak_scaling else 1
 
     @property
     def is_fixed(self) -> bool:

@@ -33,6 +33,7 @@ def identity(
         "dtype": settings.dtype,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "data_parallel_size": options.data_parallel_size,
+        "weak_scaling": options.weak_scaling,
     }
 
 
@@ -75,11 +76,12 @@ def single_record(measurement: Measurement, options: BenchOptions) -> Record:
     single = measurement.single
     if single is None:
         return {"single": None, "speedup": None, "efficiency": None}
-    speedup = single.elapsed_time / measurement.median_pass.elapsed_time
+    timed, alone = measurement.median_pass, single.output_tokens / single.elapsed_time
+    speedup = timed.output_tokens / timed.elapsed_time / alone
     return {
         "single": {
             "elapsed_time": single.elapsed_time,
-            "output_tokens_per_second": single.output_tokens / single.elapsed_time,
+            "output_tokens_per_second": alone,
             "run": asdict(single),
         },
         "speedup": speedup,

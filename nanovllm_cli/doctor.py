@@ -22,7 +22,7 @@ from nanovllm_cli.core.attention_backend import (
     attention_backends,
     choose_attention_backend,
 )
-from nanovllm_cli.core.collectives import FASTEST_WAYS
+from nanovllm_cli.core.collectives import FUSED, FUSED_SIZES, NCCL
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.resolved_config import check_gpu, resolve
@@ -116,8 +116,7 @@ def _nccl_version() -> str:
 def _all_reduce(num_ranks: int, links: Sequence[GpuLink]) -> str:
     """As GpuCollectives chooses it."""
     are_peers = all(link.are_peers for link in links if max(link.pair) < num_ranks)
-    ways = FASTEST_WAYS.get(num_ranks, ()) if are_peers else ()
-    return " / ".join([*(way for _, way in ways), "nccl"])
+    return FUSED if are_peers and num_ranks in FUSED_SIZES else NCCL
 
 
 def _find_config(name: str) -> ModelConfig:

@@ -8,10 +8,9 @@ import gc
 import os
 import resource
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,7 +38,10 @@ _NOT_MEASURED_OF_REPLICAS = {
     "capture": f"{_IN_PROCESSES}; it is in the seconds of the load",
 }
 
-Draw = Callable[[int], Workload]  # the workload of a pass
+
+class Draw(Protocol):
+    def __call__(self, repeat: int, copies: int = ...) -> Workload:
+        """The workload of a pass, so many times with other tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +185,7 @@ def _measure_single(
     try:
         engine.wait_until_ready()
         _warm_up(engine, options, draw)
-        timed = run_pass(engine, draw(0), options.temperature)
+        timed = run_pass(engine, draw(0, 1), options.temperature)
         _say_pass("alone", timed)
         return timed
     finally:

@@ -145,6 +145,17 @@ def test_several_engines_or_ranks_are_measured_beside_one_alone(tp: int, dp: int
         assert record["peak_host_bytes"] > 2**20
 
 
+def test_each_engine_can_have_the_whole_workload_and_the_one_alone_too() -> None:
+    ended = call(*BENCH, *SHORT, "--dp", "2", "--weak-scaling")
+    assert ended.code == 0, ended.stderr
+    record = json.loads(ended.stdout)
+    assert record["replica_output_tokens"] == [12 * 32] * 2
+    alone = record["single"]
+    assert alone["run"]["output_tokens"] == 12 * 32
+    rate = record["over_repeats"]["output_tokens_per_second"]["median"]
+    assert record["speedup"] == pytest.approx(rate / alone["output_tokens_per_second"])
+
+
 def test_the_engine_alone_can_be_left_out() -> None:
     ended = call(*BENCH, *SHORT, "--dp", "2", "--no-single")
     assert ended.code == 0, ended.stderr
@@ -274,6 +285,7 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
         (["--dtype", "int4"], 2, "int4"),
         (["--max-window-steps", "0"], 2, "max_window_steps is 0"),
         (["--max-model-len", "1500"], 2, "at most 1500 fit in all"),
+        (["--weak-scaling"], 2, "--weak-scaling is for several engines"),
         (["--dp", "0"], 2, "--data-parallel-size is 0; it must be at least 1"),
         (["--dp", "2", "--max-model-len", "1500"], 2, "at most 1500 fit in all"),
         (["--dp", "2", "--profile", "x"], 2, "with --data-parallel-size 2 each is in one of its"),

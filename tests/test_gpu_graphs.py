@@ -125,7 +125,8 @@ def check_every_batch_size(max_num_seqs: int, dtype: str) -> None:
             assert np.array_equal(getattr(ours, name), getattr(theirs, name)), (name, where)
         assert ours.num_tokens.tolist() == [1] * num_seqs, where
         assert not ours.is_nan.any(), where
-        size = next(size for size in graph_batch_sizes(max_num_seqs) if size >= num_seqs)
+        batch_sizes = graph_batch_sizes(max_num_seqs, sizes.num_parameters)
+        size = next(size for size in batch_sizes if size >= num_seqs)
         graph_rows, eager_rows = captured.hidden[size], hidden.by_rows[size]
         assert graph_rows.data_ptr() != eager_rows.data_ptr()
         assert torch.equal(graph_rows[:num_seqs], eager_rows[:num_seqs]), where
@@ -150,7 +151,8 @@ def test_a_captured_step_has_the_bits_of_an_eager_one_in_other_dtypes(dtype: str
 
 @pytest.mark.parametrize("max_num_seqs", [*range(1, 300), 512, 1000, 1024, 4096])
 def test_the_captured_sizes_end_at_the_maximum(max_num_seqs: int) -> None:
-    sizes = graph_batch_sizes(max_num_seqs)
-    assert sizes[0] == 1
-    assert sizes[-1] == max_num_seqs
-    assert sizes == sorted(set(sizes))
+    for num_parameters in (10**6, 10**10):
+        sizes = graph_batch_sizes(max_num_seqs, num_parameters)
+        assert sizes[0] == 1
+        assert sizes[-1] == max_num_seqs
+        assert sizes == sorted(set(sizes))

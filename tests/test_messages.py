@@ -21,6 +21,7 @@ from nanovllm_cli.core.request import (
     Failure,
     FailureCode,
     FinishReason,
+    Logprobs,
     NewTokens,
     Output,
     Request,
@@ -43,7 +44,38 @@ sampling_params = st.builds(
     max_tokens=st.none() | count,
     stop_token_ids=st.lists(int32, max_size=16).map(tuple),
     ignore_eos=st.booleans(),
+    logit_bias=st.dictionaries(int32, st.floats(-100, 100), max_size=4).map(
+        lambda biases: tuple(biases.items())
+    ),
+    bad_words=st.lists(st.lists(int32, min_size=1, max_size=4).map(tuple), max_size=4).map(tuple),
+    repetition_penalty=st.floats(0, 100, exclude_min=True),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    thinking_budget=st.none() | st.integers(0, 2**70),
+    end_think_token_id=st.integers(0, 2**31 - 1),
+    grammar=st.none() | st.text(),
+    grammar_after_token_id=st.none() | int32,
+    logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs_start=st.integers(1, 2**70),
 )
+
+
+@st.composite
+def logprobs(draw: st.DrawFn) -> Logprobs:
+    count, k = draw(st.integers(0, 4)), draw(st.integers(0, 3))
+
+    def floats(size: int) -> list[float]:
+        return draw(st.lists(st.floats(-1e4, 0, width=32), min_size=size, max_size=size))
+
+    ids = draw(st.lists(int32, min_size=count * k, max_size=count * k))
+    return Logprobs(
+        values=np.array(floats(count), dtype=np.float32),
+        top_ids=np.array(ids, dtype=np.int32).reshape(count, k),
+        top_values=np.array(floats(count * k), dtype=np.float32).reshape(count, k),
+    )
+
+
 requests = st.builds(
     Request,
     request_id=request_id,
@@ -59,8 +91,17 @@ outputs: st.SearchStrategy[Output] = st.one_of(
         finish_reason=st.sampled_from(get_args(FinishReason)),
         num_prompt_tokens=st.integers(0, 2**40),
         num_cached_tokens=st.integers(0, 2**40),
+        logprobs=st.none() | logprobs(),
+        prompt_logprobs=st.none() | logprobs(),
     ),
-    st.builds(NewTokens, request_id=request_id, token_ids=token_ids, starts_anew=st.booleans()),
+    st.builds(
+        NewTokens,
+        request_id=request_id,
+        token_ids=token_ids,
+        starts_anew=st.booleans(),
+        logprobs=st.none() | logprobs(),
+        prompt_logprobs=st.none() | logprobs(),
+    ),
     st.builds(
         Failure,
         request_id=request_id,
@@ -80,10 +121,14 @@ stats = st.builds(
 def plain(value: Any) -> dict[str, Any]:
     """Its fields, arrays as lists, so that == compares them."""
     content = {field.name: getattr(value, field.name) for field in fields(value)}
-    return {
-        "": type(value).__name__,
-        **{k: list(v) if isinstance(v, np.ndarray) else v for k, v in content.items()},
-    }
+
+    def plain_field(value: Any) -> Any:
+        if isinstance(value, Logprobs):
+            arrays = (value.values, value.top_ids, value.top_values)
+            return {**plain(value), "dtypes": [(a.dtype.name, a.shape) for a in arrays]}
+        return value.tolist() if isinstance(value, np.ndarray) else value
+
+    return {"": type(value).__name__, **{k: plain_field(v) for k, v in content.items()}}
 
 
 @given(st.lists(requests, max_size=8))
@@ -111,6 +156,10 @@ def test_no_field_is_forgotten_on_the_way() -> None:
     values: dict[str, Any] = {
         "temperature": 0.3, "top_k": 5, "top_p": 0.4, "min_p": 0.1, "seed": 2**64 - 1,
         "max_tokens": 9, "min_tokens": 3, "stop_token_ids": (4, 5), "ignore_eos": True,
+        "logit_bias": ((3, -1.5),), "bad_words": ((1,), (2, 3)), "repetition_penalty": 1.1,
+        "presence_penalty": 0.2, "frequency_penalty": -0.3, "thinking_budget": 0,
+        "end_think_token_id": 8, "grammar": "root ::= 1", "grammar_after_token_id": 6,
+        "logprobs": 0, "prompt_logprobs": 2, "prompt_logprobs_start": 4,
     }  # fmt: skip
     assert values.keys() == {field.name for field in fields(SamplingParams)}
     assert all(values[field.name] != field.default for field in fields(SamplingParams))

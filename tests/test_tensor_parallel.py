@@ -24,7 +24,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch import distributed as dist
 
-from nanovllm_cli.core.batch import Admission, Batch, BlockTableUpdate, DecodeBatch, PrefillBatch
+from nanovllm_cli.core.batch import (
+    Adjustment,
+    Admission,
+    Batch,
+    BlockTableUpdate,
+    DecodeBatch,
+    ForwardBatch,
+    PrefillBatch,
+    PromptTargets,
+    RowNeeds,
+    SampleBatch,
+    TokenMasks,
+)
 from nanovllm_cli.core.batch_layout import decode_batch, encode_batch
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.connection_errors import connection_errors
@@ -39,6 +51,7 @@ from nanovllm_cli.core.sampler import sample
 from nanovllm_cli.core.sampling_params import SamplingParams
 from nanovllm_cli.core.slot_table import SlotTable
 
+from . import gpu_tests
 from .cli import MODEL, ROOT
 
 MakeCheckpoint = Callable[..., Path]
@@ -150,6 +163,36 @@ def test_the_tokens_of_preempted_sequences_are_the_same(checkpoint: Path, answer
     assert tokens == expected
     assert engine.num_blocks == alone.num_blocks == 10
     assert engine.stats.num_preemptions == alone.stats.num_preemptions > 0
+
+
+def test_what_rows_ask_beyond_a_token_is_the_same_for_two_ranks(checkpoint: Path) -> None:
+    ways: list[dict[str, Any]] = [
+        {"logprobs": 3, "prompt_logprobs": 2},
+        {"repetition_penalty": 1.4, "frequency_penalty": 0.5, "logprobs": 0},
+        {"logit_bias": ((4, 50.0), (160, -3.0)), "bad_words": ((4, 4), (9,))},
+        {"thinking_budget": 2, "end_think_token_id": 161, "temperature": 0.0},
+        {},
+    ]
+    asked = [
+        ask(i, range(i, i + 4 * i + 1), **{"max_tokens": 9, **ways[i % len(ways)]})
+        for i in range(10)
+    ]
+    completions: list[dict[int, Completion]] = []
+    for size in (1, 2):
+        engine = Engine.load(checkpoint, config(size, max_num_batched_tokens=29))
+        try:
+            completions.append(gpu_tests.answers(engine, asked))
+        finally:
+            engine.close()
+    alone, shared = completions
+    assert gpu_tests.differing(shared, alone) == []
+    for key, completion in alone.items():
+        for name in ("logprobs", "prompt_logprobs"):
+            expected, actual = getattr(completion, name), getattr(shared[key], name)
+            assert (expected is None) == (actual is None)
+            if expected is not None:
+                assert np.array_equal(actual.top_ids, expected.top_ids)
+                assert np.abs(actual.values - expected.values).max(initial=0) < 1e-4
 
 
 def test_tied_weights_are_shared_out_too(make_checkpoint: MakeCheckpoint, answer: Answer) -> None:
@@ -340,9 +383,25 @@ def batches(draw: st.DrawFn) -> Batch:
         block_ids=draw(arrays(num_entries)),
     )
     slots = draw(arrays(num_seqs))
-    if draw(st.booleans()):
+    kind = draw(st.sampled_from([PrefillBatch, DecodeBatch, ForwardBatch, SampleBatch]))
+    needs = draw(st.none() | row_needs())
+    if kind is SampleBatch:
+        return SampleBatch(slots=slots, needs=needs)
+    if kind is DecodeBatch:
         num_steps = draw(st.integers(1, 2**31 - 1))
-        return DecodeBatch(block_table_update=update, slots=slots, num_steps=num_steps)
+        return DecodeBatch(block_table_update=update, slots=slots, num_steps=num_steps, needs=needs)
+    adjustment = st.builds(
+        Adjustment,
+        repetition_penalty=reals,
+        presence_penalty=reals,
+        frequency_penalty=reals,
+        logit_bias=st.lists(st.tuples(counts, reals), max_size=3).map(tuple),
+        bad_words=st.lists(st.lists(counts, max_size=3).map(tuple), max_size=3).map(tuple),
+        thinking_end=st.none() | counts,
+        end_think_token_id=st.none() | counts,
+        prompt_token_ids=arrays(3),
+        completion_token_ids=arrays(2),
+    )
     admission = st.builds(
         Admission,
         slot=counts,
@@ -354,17 +413,45 @@ def batches(draw: st.DrawFn) -> Batch:
         min_length=counts,
         max_length=counts,
         stop_token_ids=st.lists(counts, max_size=4).map(tuple),
+        adjustment=st.none() | adjustment,
     )
+    admissions = tuple(draw(st.lists(admission, max_size=3)))
+    if kind is ForwardBatch:
+        return ForwardBatch(admissions=admissions, block_table_update=update, slots=slots)
     is_last_chunk = st.lists(st.booleans(), min_size=num_seqs, max_size=num_seqs)
+    targets = st.builds(
+        PromptTargets, hidden_rows=arrays(2), token_ids=arrays(2), num_logprobs=counts
+    )
     return PrefillBatch(
-        admissions=tuple(draw(st.lists(admission, max_size=3))),
+        admissions=admissions,
         block_table_update=update,
         slots=slots,
         token_ids=draw(arrays(draw(st.integers(0, 9)))),
         start_positions=draw(arrays(num_seqs)),
         query_lens=draw(arrays(num_seqs)),
         is_last_chunk=np.array(draw(is_last_chunk)),
+        needs=needs,
+        prompt_targets=draw(st.none() | targets),
     )
+
+
+@st.composite
+def row_needs(draw: st.DrawFn) -> RowNeeds:
+    num_masks = draw(st.integers(0, 3))
+    words = arrays(num_masks * 5).map(lambda words: words.reshape(-1, 5))
+    masks = st.builds(TokenMasks, rows=arrays(num_masks), words=words) if num_masks else st.none()
+    return RowNeeds(
+        adjusted_rows=draw(arrays(draw(st.integers(0, 3)))),
+        logprob_rows=draw(arrays(draw(st.integers(0, 3)))),
+        num_logprobs=draw(counts),
+        masks=draw(masks),
+    )
+
+
+PLAIN = (
+    PrefillBatch, DecodeBatch, ForwardBatch, SampleBatch, BlockTableUpdate, Admission, Adjustment,
+    RowNeeds, TokenMasks, PromptTargets,
+)  # fmt: skip
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -372,7 +459,11 @@ def assert_same(actual: Any, expected: Any) -> None:
         assert actual.dtype == expected.dtype
         assert actual.tolist() == expected.tolist()
         assert actual.flags.writeable, "torch warns of others"
-    elif isinstance(expected, PrefillBatch | DecodeBatch | BlockTableUpdate):
+    elif isinstance(expected, tuple) and expected and isinstance(expected[0], Admission):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same(one, other)
+    elif isinstance(expected, PLAIN):
         assert type(actual) is type(expected)
         for name in expected.__slots__:
             assert_same(getattr(actual, name), getattr(expected, name))
