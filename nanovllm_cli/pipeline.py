@@ -87,7 +87,12 @@ def _generate(
         sources = find_inputs(options.inputs)
         num_rows = check_inputs(sources, limit=options.limit)
         rows = try_first_rows(read_rows(sources, limit=options.limit), options.prompt)
-        model = resolve_model(options.model, options.revision, offline=options.offline)
+        model = resolve_model(
+            options.model,
+            options.revision,
+            offline=options.offline,
+            shows_progress=not options.quiet and options.log_format == "text",
+        )
         sampling = default_sampling(model) | options.sampling
         settings = fingerprint(
             options, model=model, tokenizer=_tokenizer_path(options, model), sampling=sampling

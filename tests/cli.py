@@ -62,7 +62,7 @@ def run(
         input=stdin,
         capture_output=True,
         cwd=cwd,
-        env=environment(HF_HUB_OFFLINE="1", **(env or {})),
+        env=environment(**{"HF_HUB_OFFLINE": "1", **(env or {})}),
         timeout=TIMEOUT_SECONDS,
     )
     return Run(code=ended.returncode, stdout=ended.stdout, stderr=ended.stderr.decode())
