@@ -3,13 +3,21 @@
 import json
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .cli import MODEL, ROOT, SAMPLE, TIMEOUT_SECONDS, environment, read_rows, shell
+from .cli import (
+    MODEL,
+    ROOT,
+    SAMPLE,
+    TIMEOUT_SECONDS,
+    environment,
+    processes_with,
+    read_rows,
+    shell,
+)
 
 CODES = {
     "stdout's reader leaves": -13,
@@ -39,16 +47,6 @@ def trials(tmp_path: Path, number: int) -> dict[str, Any]:
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
-
-
-def left_of(mark: Path) -> list[str]:
-    """The processes that have a mark in their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if bytes(mark) in path.read_bytes():
-                found.append(path.parent.name)
-    return found
 
 
 def test_40_closed_streams_end_a_job_as_promised_and_change_no_byte(tmp_path: Path) -> None:
@@ -81,7 +79,7 @@ def test_closed_streams_of_the_real_command_leave_nothing_running(
         ended = shell(line.format(generate=generate), cwd=tmp_path, env={"MARK": str(tmp_path)})
         assert "Traceback" not in ended.stderr
         assert (tmp_path / "code").read_text() == f"{code}\n"
-        assert left_of(tmp_path) == []
+        assert processes_with(tmp_path) == []
         if code == 0:
             assert len(read_rows(output)) == 256
             whole = whole or output.read_bytes()

@@ -52,7 +52,7 @@ from nanovllm_cli.core.sampling_params import SamplingParams
 from nanovllm_cli.core.slot_table import SlotTable
 
 from . import gpu_tests
-from .cli import MODEL, ROOT
+from .cli import MODEL, ROOT, processes_with
 
 MakeCheckpoint = Callable[..., Path]
 VOCAB_SIZE = 162  # no multiple of 4
@@ -619,20 +619,74 @@ def test_a_rank_that_stands_still_is_a_hang_of_the_engine(
     until_gone([pid, rank], 1.0)
 
 
-def test_no_rank_outlives_the_job_that_is_killed(start: Start) -> None:
+# In a rank, what a signal to it brings about.
+FAULTS = {
+    "SIGKILL": signal.SIGKILL,
+    "SIGSEGV": signal.SIGSEGV,
+    "SIGSTOP": signal.SIGSTOP,
+    "exit 0": signal.SIGUSR2,
+    "exception": signal.SIGRTMIN,
+}
+IN_A_RANK = """
+import os, signal, sys
+def fail(number, frame): raise RuntimeError("this rank fails")
+if "nanovllm_cli.core.rank_worker" in sys.orig_argv:
+    signal.signal(signal.SIGUSR2, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGRTMIN, fail)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAULTS)
+def test_five_ends_of_a_rank_in_one_job_change_no_answer(
+    name: str,
+    start: Start,
+    expected: dict[int, list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(IN_A_RANK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    engine = start(hang_seconds=3.0)
+    for trial in range(5):
+        [rank] = begin(engine)
+        pid = engine.pid
+        os.kill(rank, FAULTS[name])
+        assert finish(engine) == expected
+        assert engine.num_restarts == trial + 1
+        until_gone([pid, rank], 1.0)
+
+
+@pytest.mark.parametrize("number", [1, pytest.param(20, marks=pytest.mark.long)])
+def test_no_rank_outlives_the_job_that_is_killed(number: int, tmp_path: Path) -> None:
     code = (
-        "import sys\n"
         "from tests.test_tensor_parallel import *\n"
         "engine = EngineProcess(MODEL, PROCESS_CONFIG)\n"
-        "print(engine.pid, *begin(engine), flush=True)\n"
+        "begin(engine)\n"
+        "print(flush=True)\n"
         "while True: engine.step()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as job:
-        assert job.stdout is not None
-        pids = list(map(int, job.stdout.readline().split()))
-        job.kill()
-    assert len(pids) == 2
-    until_gone(pids, 2.0)
+    chance, longest = random.Random(number), 0.0
+    for trial in range(number):
+        before = time.monotonic()
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "MARK": str(tmp_path)},
+            stdout=subprocess.PIPE,
+        ) as job:
+            assert job.stdout is not None
+            if trial == 0:
+                assert job.stdout.readline()  # it decodes
+                longest = time.monotonic() - before
+                assert len(processes_with(tmp_path)) == 3
+            else:
+                time.sleep(chance.random() * longest)
+            job.kill()
+        killed = time.monotonic()
+        while processes_with(tmp_path):
+            assert time.monotonic() - killed < 2.0
+            time.sleep(0.005)
 
 
 def test_two_groups_at_once_do_not_meet(start: Start, expected: dict[int, list[int]]) -> None:
