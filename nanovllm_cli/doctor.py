@@ -105,7 +105,7 @@ def _connections(num_gpus: int) -> dict[str, Any]:
         "gpu_links": describe_links(links),
         "nccl": _nccl_version() if has_nccl else "not in this torch",
         "shared_memory_gib": round(shared_memory / 2**30, 1),
-        "all_reduce": {f"--tp {n}": _all_reduce(n, links) for n in (2, 4, 8) if n <= num_gpus},
+        "all_reduce": {f"--tp {n}": all_reduce(n, links) for n in (2, 4, 8) if n <= num_gpus},
     }
 
 
@@ -113,7 +113,7 @@ def _nccl_version() -> str:
     return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
-def _all_reduce(num_ranks: int, links: Sequence[GpuLink]) -> str:
+def all_reduce(num_ranks: int, links: Sequence[GpuLink]) -> str:
     """As GpuCollectives chooses it."""
     are_peers = all(link.are_peers for link in links if max(link.pair) < num_ranks)
     return FUSED if are_peers and num_ranks in FUSED_SIZES else NCCL

@@ -7,6 +7,7 @@ import pytest
 
 from nanovllm_cli.builtin_configs import builtin_config
 from nanovllm_cli.core.config import EngineConfig
+from nanovllm_cli.doctor import all_reduce
 from nanovllm_cli.gpus import Gpu, GpuLink, describe_links
 from nanovllm_cli.placement import Needs, advise, advise_cpu, notes, parallel_notes
 
@@ -93,6 +94,16 @@ def test_links_of_one_kind_share_a_line() -> None:
         "0-2: PCIe through a host bridge, no peer access",
     ]
     assert describe_links([]) == []
+
+
+def test_sums_are_fused_where_all_ranks_are_peers_and_it_was_measured() -> None:
+    def link(a: int, b: int, are_peers: bool) -> GpuLink:
+        return GpuLink(pair=(a, b), path="", are_peers=are_peers)
+
+    links = [link(0, 1, True), link(0, 2, False), link(1, 2, False)]
+    assert all_reduce(2, links) == "fused with residual and norm"
+    assert all_reduce(2, [link(0, 1, False)]) == "nccl"
+    assert all_reduce(4, links) == "nccl"
 
 
 def test_a_job_on_several_gpus_is_told_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:

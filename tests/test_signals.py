@@ -208,8 +208,9 @@ def test_a_job_out_of_time_is_75_and_says_how_many_rows_are_done(
 ) -> None:
     output = tmp_path / "out.jsonl"
     seconds = whole[1] if has_begun else 0.3  # in as long as others are done its rows run
-    begin = time.monotonic()
     with started(*ARGUMENTS, *LONG, "-o", output, "--timeout", f"{seconds}", "-q") as process:
+        wait_until_it_listens(process)
+        begin = time.monotonic()
         _, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 75
     assert time.monotonic() - begin < seconds + 11
