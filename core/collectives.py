@@ -27,6 +27,7 @@ from nanovllm_cli.kernels.sum_add_rms_norm import sum_add_rms_norm
 # measured. Two H200, in a graph, us, NCCL / PyTorch's two-shot: 2 KiB 16 / 5.9; 512 KiB 19 / 7.6;
 # 2 MiB 37 / 13; 10 MiB 61 / 39; 80 MiB 321 / 262.
 FUSED_SIZES = (2,)
+NCCL, FUSED = "nccl", "fused with residual and norm"  # how sums are made
 
 _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -191,7 +192,7 @@ class GpuCollectives:
         self._shared = None
         if size in FUSED_SIZES and self._are_peers():
             self._shared = self._share(dtype, sum_shape, column_shape)
-        self.all_reduce = "nccl" if self._shared is None else "fused with residual and norm"
+        self.all_reduce = NCCL if self._shared is None else FUSED
 
     def sum_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         terms, shared = self.term_buffer(len(x)), self._shared

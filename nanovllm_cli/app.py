@@ -57,14 +57,18 @@ app.command("bench")(bench_command)
 @app.command("doctor")
 def doctor_command(
     json: bool = option(False, "--json", panel=flags.RUN, help="One JSON document on stdout."),
+    model: str | None = option(
+        None, "--model", "-m", panel=flags.RUN, metavar="NAME",
+        help="Say also whether to run this one with --tp or --dp here, and why.",
+    ),
     debug: flags.Debug = False,
-) -> None:
+) -> None:  # fmt: skip
     """Say what this machine can run, and with which kernels."""
 
     def job() -> ExitCode:
         from .doctor import doctor
 
-        return doctor(as_json=json)
+        return doctor(as_json=json, model=model)
 
     raise typer.Exit(run_job(job, debug=debug))
 

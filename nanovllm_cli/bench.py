@@ -30,13 +30,14 @@ from .bench_record import (
     single_record,
     speed_record,
 )
-from .bench_table import say_record
+from .bench_table import say, say_record
 from .builtin_configs import builtin_config
 from .exit_code import CommandError, ExitCode
 from .files import io_errors
 from .machine import device_name, gpu_counters, seconds_since_process_start, software
 from .measurement import Draw, measure
 from .models import resolve_model
+from .placement import parallel_notes
 from .roofline import bound, loads
 from .timed_pass import check_fits
 from .workloads import WORKLOADS, Workload
@@ -68,6 +69,8 @@ def bench(options: BenchOptions) -> ExitCode:
     if old is not None:
         old.check(record)
 
+    for note in parallel_notes(options.engine, options.data_parallel_size, checkpoint or model):
+        say(note)
     num_threads = torch.get_num_threads()
     counters = gpu_counters(settings.device, options.num_gpus)
     measurement = measure(options, settings, checkpoint or model, draw, counters)

@@ -34,6 +34,7 @@ from .models import default_sampling, resolve_model
 from .options import GenerateOptions
 from .output import JobOutput, open_output
 from .output_paths import OutputPaths
+from .placement import parallel_notes
 from .progress import Progress
 from .rows import BadRow, Row, check_inputs, read_rows
 from .signals import Signals, Stopped
@@ -90,7 +91,12 @@ def _generate(
         num_rows = check_inputs(sources, limit=options.limit)
         rows = read_rows(sources, limit=options.limit)
         rows = try_first_rows(rows, options.prompt, options.columns)
-        model = resolve_model(options.model, options.revision, offline=options.offline)
+        model = resolve_model(
+            options.model,
+            options.revision,
+            offline=options.offline,
+            shows_progress=not options.quiet and options.log_format == "text",
+        )
         sampling = default_sampling(model) | options.sampling
         settings = fingerprint(
             options, model=model, tokenizer=_tokenizer_path(options, model), sampling=sampling
@@ -141,6 +147,8 @@ def _run(
     """Load the model and run what is missing in the output."""
     feeder = engine = None
     progress.say("start", f"{totals.counts()}; loading {options.model}")
+    for note in parallel_notes(options.engine, options.data_parallel_size, model):
+        progress.say("note", note)
     try:
         with totals.phase("load"):
             path = os.fspath(_tokenizer_path(options, model).absolute())

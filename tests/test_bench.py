@@ -118,7 +118,7 @@ def test_a_profile_has_two_traces_and_a_table_whose_shares_are_whole(
 SHORT = ("-w", "short-answers", "--limit", "12", "--repeats", "1")
 
 
-@pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize(("tp", "dp"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.long)])
 def test_several_engines_or_ranks_are_measured_beside_one_alone(tp: int, dp: int) -> None:
     ended = call(*BENCH, *SHORT, "--tp", str(tp), "--dp", str(dp))
     assert ended.code == 0, ended.stderr
@@ -157,12 +157,14 @@ def test_each_engine_can_have_the_whole_workload_and_the_one_alone_too() -> None
 
 
 def test_the_engine_alone_can_be_left_out() -> None:
-    ended = call(*BENCH, *SHORT, "--dp", "2", "--no-single")
+    ended = call(*BENCH, *SHORT, "--tp", "2", "--no-single")
     assert ended.code == 0, ended.stderr
     record = json.loads(ended.stdout)
     assert (record["single"], record["speedup"], record["efficiency"]) == (None, None, None)
     assert record["not_measured"]["single"] == "left out with --no-single"
     assert "times as fast" not in ended.stderr
+    assert record["tensor_parallel_size"] == 2
+    assert record["runs"][0]["output_tokens"] == 12 * 32
 
 
 def test_one_engine_has_nothing_to_be_compared_with(record: dict[str, Any]) -> None:

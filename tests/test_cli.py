@@ -524,6 +524,17 @@ def test_doctor_reports_to_people_and_to_programs() -> None:
     assert shown.stderr == ""
 
 
+def test_doctor_advises_on_a_model_that_is_not_here(tmp_path: Path) -> None:
+    report = json.loads(call("doctor", "--json", "--model", "Qwen3-32B").stdout)
+    (advice,) = report["advice"].values()
+    if not report["gpus"]:
+        assert advice.startswith("there is no GPU to run it on; on the CPU its weights, 122.0 GiB")
+    assert "advice" not in json.loads(call("doctor", "--json").stdout)
+    for name, code in (("Qwen4-1B", 66), (str(tmp_path), 65)):
+        ended = call("doctor", "--model", name)
+        assert (ended.code, ended.stdout) == (code, b""), ended.stderr
+
+
 def test_the_version_is_shown() -> None:
     assert call("--version").stdout.decode() == f"nanovllm {__version__}\n"
 
