@@ -157,10 +157,10 @@ def test_every_environment_variable_does_what_its_flag_does(
     (tmp_path / "schema.json").write_text("{}")
     (tmp_path / "yes.lark").write_text('start: "yes"')
     files = {"--json-schema": tmp_path / "schema.json", "--grammar": tmp_path / "yes.lark"}
+    (tmp_path / "text").write_text("x")
+    files |= dict.fromkeys(FILES, tmp_path / "text")
     values = {**VALUES, **{name: str(path) for name, path in files.items()}}
     number = 0
-    (tmp_path / "text").write_text("x")
-    values = {**VALUES, **dict.fromkeys(FILES, str(tmp_path / "text"))}
     for parameter in parameters(command):
         name = parameter.opts[0]
         if name in ("--config", "--debug", "--dry-run", "--single-process"):
