@@ -245,8 +245,8 @@ class Scheduler:
     ) -> Output | None:
         """What becomes of a sequence with tokens that were drawn for it."""
         begins_grammar = is_stopped and ends_thought(sequence, int(token_ids[-1]))
-        if sequence.is_guided and sequence.matcher is not None:
-            sequence.matcher.accept(token_ids.tolist())
+        if (guide := sequence.guide) is not None:
+            guide.accept(token_ids.tolist())
         self._append(sequence, token_ids)
         if begins_grammar:
             sequence.end_thought()
@@ -287,8 +287,8 @@ class Scheduler:
     def _force(self, sequence: Sequence) -> None:
         """Add the tokens that a guided sequence must go on with; a prefill has to follow."""
         token_ids = forced_token_ids(sequence)
-        if token_ids and sequence.matcher is not None:
-            sequence.matcher.accept(token_ids)
+        if token_ids and (guide := sequence.guide) is not None:
+            guide.accept(token_ids)
             self._append(sequence, token_ids)
             self.stats.num_forced_tokens += len(token_ids)
 
@@ -358,8 +358,7 @@ class Scheduler:
         if not self._waiting or not self._free_slots:
             return None
         sequence, blocks = self._waiting[0], self._block_manager
-        if sequence.is_guided:
-            self._force(sequence)
+        self._force(sequence)
         blocks.hash_blocks(sequence.token_ids, sequence.block_hashes)
         findable = sequence.block_hashes
         if sequence.next_prompt_target is not None:  # the token before it must be computed
@@ -441,10 +440,10 @@ class Scheduler:
         running = list(self._running.values())
         if not self._num_with_grammar:
             return running, False
-        guided = [s for s in running if s.is_guided]
+        guided = [s for s in running if s.guide is not None]
         if len(guided) == len(running) or (guided and self._free_went_last):
             return guided, True
-        return [s for s in running if not s.is_guided], False
+        return [s for s in running if s.guide is None], False
 
     def _schedule_sample(self) -> SampleBatch | None:
         """The other half of the guided rows' step, for those that still want its token."""
