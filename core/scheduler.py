@@ -235,22 +235,36 @@ class Scheduler:
                 logprobs.give_to(sequence, i, len(token_ids))
             if not len(token_ids):
                 continue
-            output = self._take_tokens(sequence, token_ids, is_stopped=bool(result.is_stopped[i]))
+            sequence.append(token_ids)
+            self.stats.num_completion_tokens += len(token_ids)
+            output: Output | None
+            if sequence.matcher is not None:
+                output = self._follow_grammar(sequence, token_ids, bool(result.is_stopped[i]))
+            elif result.is_stopped[i]:
+                output = self._complete(sequence, "stop")
+            elif sequence.num_tokens >= sequence.max_length:
+                output = self._complete(sequence, "length")
+            else:
+                output = self._go_on(sequence)
             if output is not None:
                 outputs.append(output)
         return outputs
 
-    def _take_tokens(
-        self, sequence: Sequence, token_ids: TokenIds, *, is_stopped: bool
+    def _go_on(self, sequence: Sequence) -> NewTokens | None:
+        if sequence.slot is not None:
+            self._publish(sequence)
+        return self._new_tokens(sequence) if sequence.request.reports_tokens else None
+
+    def _follow_grammar(
+        self, sequence: Sequence, token_ids: TokenIds, is_stopped: bool
     ) -> Output | None:
-        """What becomes of a sequence with tokens that were drawn for it."""
-        begins_grammar = is_stopped and ends_thought(sequence, int(token_ids[-1]))
+        """What becomes of a sequence with a grammar for which tokens were drawn."""
         if (guide := sequence.guide) is not None:
             guide.accept(token_ids.tolist())
-        self._append(sequence, token_ids)
+        begins_grammar = is_stopped and ends_thought(sequence, int(token_ids[-1]))
         if begins_grammar:
             sequence.end_thought()
-        if is_stopped and not begins_grammar:
+        elif is_stopped:
             return self._complete(sequence, "stop")
         if sequence.num_tokens >= sequence.max_length:
             return self._complete(sequence, "length")
@@ -261,11 +275,10 @@ class Scheduler:
             self._append(sequence, self._grammars.eos_token_ids[:1])
             sequence.set_stored(sequence.num_tokens - 2)
             return self._complete(sequence, "stop")
-        if sequence.slot is not None:
-            self._publish(sequence)
-        return self._new_tokens(sequence) if sequence.request.reports_tokens else None
+        return self._go_on(sequence)
 
-    def _append(self, sequence: Sequence, token_ids: Seq[int] | TokenIds) -> None:
+    def _append(self, sequence: Sequence, token_ids: Seq[int]) -> None:
+        """Add tokens that no launch has drawn."""
         sequence.append(np.asarray(token_ids, dtype=np.int32))
         self.stats.num_completion_tokens += len(token_ids)
 
