@@ -107,8 +107,25 @@ class PromptTargets:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Twins:
+    """Sequences with the prompt of one that ends its prompt in the same prefill, its leader.
+
+    They compute nothing: they draw from their leader's logits, and their block tables share its
+    full blocks. Block `sources[i]` is copied to `targets[i]` when the leaders' KV is stored.
+    """
+
+    slots: Int32  # [num_twins]
+    leaders: Int32  # [num_twins], indices of the launch's sequences
+    sources: Int32  # [num_copies]
+    targets: Int32  # [num_copies]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PrefillBatch:
-    """Whole prompts, or chunks of them, packed one after the other."""
+    """Whole prompts, or chunks of them, packed one after the other.
+
+    A row of its result for each of the sequences, then one for each of their twins.
+    """
 
     admissions: tuple[Admission, ...]
     block_table_update: BlockTableUpdate
@@ -117,8 +134,20 @@ class PrefillBatch:
     start_positions: Int32  # [num_seqs], of each sequence's first token here
     query_lens: Int32  # [num_seqs], tokens of each sequence here
     is_last_chunk: Bool  # [num_seqs]; only then a token is sampled
+    twins: Twins | None = None
     needs: RowNeeds | None = None  # of rows whose chunk is the last
     prompt_targets: PromptTargets | None = None
+
+    @property
+    def row_slots(self) -> Int32:
+        """Of each row of the result: its slot."""
+        return self.slots if self.twins is None else np.append(self.slots, self.twins.slots)
+
+    @property
+    def row_sequences(self) -> Int32:
+        """Of each row of the result: the sequence that it is drawn after."""
+        own = np.arange(len(self.slots), dtype=np.int32)
+        return own if self.twins is None else np.append(own, self.twins.leaders)
 
 
 def packed_positions(

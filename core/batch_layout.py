@@ -27,11 +27,13 @@ from nanovllm_cli.core.batch import (
     RowNeeds,
     SampleBatch,
     TokenMasks,
+    Twins,
 )
 
 _KINDS = (PrefillBatch, DecodeBatch, ForwardBatch, SampleBatch)
-# Kind, steps, arrays, admissions, has needs, their logprobs, has masks, has targets, their logprobs
-_HEADER = struct.Struct("<9i")
+# Kind, steps, arrays, admissions, has twins, has needs, their logprobs, has masks, has targets,
+# their logprobs
+_HEADER = struct.Struct("<10i")
 # slot, top_k, min_length, max_length, bytes of JSON, seed, temperature, top_p, min_p
 _ADMISSION = struct.Struct("<5iQ3d")
 _ADJUSTMENT_FIELDS = (
@@ -45,19 +47,21 @@ def encode_batch(batch: Batch) -> bytes:
     arrays: list[Int32 | Bool] = [batch.slots]
     num_steps = 0
     admissions: tuple[Admission, ...] = ()
-    needs, targets = None, None
+    twins, needs, targets = None, None, None
     if not isinstance(batch, SampleBatch):
         update = batch.block_table_update
         arrays += [update.slots, update.indices, update.block_ids]
     if isinstance(batch, PrefillBatch):
         arrays += [batch.start_positions, batch.query_lens, batch.is_last_chunk, batch.token_ids]
-        targets = batch.prompt_targets
+        twins, targets = batch.twins, batch.prompt_targets
     if isinstance(batch, DecodeBatch):
         num_steps = batch.num_steps
     if isinstance(batch, PrefillBatch | ForwardBatch):
         admissions = batch.admissions
     if not isinstance(batch, ForwardBatch):
         needs = batch.needs
+    if twins is not None:
+        arrays += [twins.slots, twins.leaders, twins.sources, twins.targets]
     if needs is not None:
         arrays += [needs.adjusted_rows, needs.logprob_rows]
         if needs.masks is not None:
@@ -91,6 +95,7 @@ def encode_batch(batch: Batch) -> bytes:
         num_steps,
         len(arrays),
         len(records),
+        twins is not None,
         needs is not None,
         0 if needs is None else needs.num_logprobs,
         needs is not None and needs.masks is not None,
@@ -105,7 +110,7 @@ def encode_batch(batch: Batch) -> bytes:
 def decode_batch(payload: bytes) -> Batch:
     """What `encode_batch` was given."""
     (
-        kind, num_steps, num_arrays, num_admissions,
+        kind, num_steps, num_arrays, num_admissions, has_twins,
         has_needs, num_logprobs, has_masks, has_targets, num_prompt_logprobs,
     ) = _HEADER.unpack_from(payload)  # fmt: skip
     lengths = np.frombuffer(payload, dtype=np.int32, offset=_HEADER.size, count=num_arrays)
@@ -126,6 +131,10 @@ def decode_batch(payload: bytes) -> Batch:
         fields["is_last_chunk"], fields["token_ids"] = next(arrays) != 0, next(arrays)
     if batch_type is DecodeBatch:
         fields["num_steps"] = num_steps
+    if has_twins:
+        fields["twins"] = Twins(
+            slots=next(arrays), leaders=next(arrays), sources=next(arrays), targets=next(arrays)
+        )
     if has_needs:
         fields["needs"] = RowNeeds(
             adjusted_rows=next(arrays),

@@ -45,7 +45,7 @@ class BlockManager:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._enable_prefix_caching = enable_prefix_caching
+        self.enable_prefix_caching = enable_prefix_caching
         self._hash_mask = (1 << hash_bits) - 1
         self._reference_counts = [0] * num_blocks
         self._free = OrderedDict.fromkeys(range(1, num_blocks))  # next to take first
@@ -64,7 +64,7 @@ class BlockManager:
 
     def hash_blocks(self, token_ids: TokenIds, hashes: list[int]) -> None:
         """Extend `hashes`, one for each full block of `token_ids`, by those it does not have."""
-        if not self._enable_prefix_caching:
+        if not self.enable_prefix_caching:
             return
         parent = hashes[-1] if hashes else _ROOT.hash
         for index in range(len(hashes), len(token_ids) // self.block_size):
@@ -135,7 +135,7 @@ class BlockManager:
         in order, and within one each layer stores all K and V before it reads any. A content that
         is published already keeps its first block.
         """
-        if not self._enable_prefix_caching:
+        if not self.enable_prefix_caching:
             return
         for index in range(first, end):
             block_id, block_hash = block_table[index], hashes[index]

@@ -6,26 +6,28 @@ name that two jobs could share; what gloo and NCCL connect stays on the loopback
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.distributed import _symmetric_memory as symmetric_memory
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.parallel import Collectives, TensorParallel
 from nanovllm_cli.core.resolved_config import resolve
+from nanovllm_cli.kernels.join_columns import join_columns, join_columns_reference
+from nanovllm_cli.kernels.rms_norm import add_rms_norm
+from nanovllm_cli.kernels.sum_add_rms_norm import sum_add_rms_norm
 
-Way = Literal["one-shot", "two-shot", "nccl"]
-
-# What sums fastest, by number of ranks: up to so many bytes, this way; above all of them, NCCL.
-# Two H200, in a graph, us, NCCL / one-shot / two-shot: 2 KiB 16 / 6.0 / 5.9,
-# 512 KiB 19 / 9.5 / 7.6;
-# 2 MiB 37 / 19 / 13; 10 MiB 61 / 63 / 39; 80 MiB 321 / 462 / 262.
-FASTEST_WAYS: dict[int, tuple[tuple[int, Way], ...]] = {2: ((1 << 30, "two-shot"),)}
+# Numbers of ranks whose sums go through symmetric memory; others take NCCL's until they have been
+# measured. Two H200, in a graph, us, NCCL / PyTorch's two-shot: 2 KiB 16 / 5.9; 512 KiB 19 / 7.6;
+# 2 MiB 37 / 13; 10 MiB 61 / 39; 80 MiB 321 / 262.
+FUSED_SIZES = (2,)
+NCCL, FUSED = "nccl", "fused with residual and norm"  # how sums are made
 
 _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -34,7 +36,12 @@ _ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
+_ALIGNMENT = 64  # elements; 16 bytes are what a thread moves at once
 _TIMEOUT = timedelta(minutes=10)  # a rank's death is seen sooner, by its process
+
+# Whether this process has not yet asked for symmetric memory. A second group in one process cannot
+# have it: torch counts a process's meetings, and the new ranks, in new processes, begin at none.
+_is_first_use = iter([True])
 
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -60,13 +67,19 @@ def connect(
     if resolved.device == "cpu":
         collectives = CpuCollectives(rank, size, store)
     else:
-        rows = max(resolved.max_num_batched_tokens, resolved.max_num_seqs)
         collectives = GpuCollectives(
             rank,
             size,
             store,
-            num_elements=rows * sizes.hidden_size,
-            dtype=getattr(torch, resolved.dtype),
+            getattr(torch, resolved.dtype),
+            sum_shape=(
+                max(resolved.max_num_batched_tokens, resolved.max_num_seqs),
+                sizes.hidden_size,
+            ),
+            column_shape=(
+                resolved.max_num_seqs,
+                TensorParallel(rank, size).shard(sizes.vocab_size).length,
+            ),
         )
     return TensorParallel(rank, size, collectives)
 
@@ -79,19 +92,20 @@ class CpuCollectives:
         self._size = size
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
 
-    def sum(self, x: Tensor) -> Tensor:
-        total, *others = self.gather(x.float()).unbind()
+    def sum_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        total, *others = self._gather(x.float()).unbind()
         for other in others:
             total += other
-        return total.to(x.dtype)
+        return add_rms_norm(total.to(x.dtype), residual, weight, eps)
 
-    def buffer(self, num_rows: int, num_columns: int) -> None:
+    def term_buffer(self, num_rows: int) -> None:
         return None
 
-    def gather(self, x: Tensor) -> Tensor:
-        out = x.new_empty(self._size, *x.shape)
-        dist.all_gather(list(out.unbind()), x.contiguous())
-        return out
+    def join_columns(self, x: Tensor, num_columns: int) -> Tensor:
+        return join_columns_reference(self._gather(x), num_columns)
+
+    def column_buffer(self, num_rows: int) -> None:
+        return None
 
     def minimum(self, value: int) -> int:
         least = torch.tensor([value], dtype=torch.int64)
@@ -101,17 +115,70 @@ class CpuCollectives:
     def close(self) -> None:
         dist.destroy_process_group()
 
+    def _gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty(self._size, *x.shape)
+        dist.all_gather(list(out.unbind()), x.contiguous())
+        return out
 
-class GpuCollectives:
-    """NCCL, and for sums a buffer in symmetric memory where that is faster and the GPUs are peers.
 
-    num_elements: of the largest sum; dtype: of all of them.
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """A tensor of this rank's in memory that all reach, and where each rank's lies."""
+
+    own: Tensor
+    addresses: Tensor  # int64 [num_ranks]
+
+
+class _SharedMemory:
+    """This rank's tensors that all ranks reach, in one piece of symmetric memory.
+
+    Raises RuntimeError where these processes cannot share any.
     """
 
     def __init__(
-        self, rank: int, size: int, store: FileStore, *, num_elements: int, dtype: torch.dtype
+        self,
+        group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        sum_shape: tuple[int, int],
+        column_shape: tuple[int, int],
     ) -> None:
-        self._size = size
+        sizes = [sum_shape[0] * sum_shape[1]] * 2 + [column_shape[0] * column_shape[1]]
+        sizes = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        memory = symmetric_memory.empty(sum(sizes), dtype=dtype, device=device)
+        # Keeps the others' memory mapped.
+        self._handle = handle = symmetric_memory.rendezvous(memory, group)
+        starts = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+        shared = []
+        for part, shape in zip(
+            torch.split(memory, sizes), (sum_shape, sum_shape, column_shape), strict=True
+        ):
+            offset = part.data_ptr() - memory.data_ptr()
+            own = part[: shape[0] * shape[1]].view(shape)
+            shared.append(_Shared(own, starts + offset))
+        self.terms, self.norms, self.columns = shared
+        self.signal_ptrs = torch.tensor(handle.signal_pad_ptrs, dtype=torch.int64, device=device)
+        self.signal_bytes = handle.signal_pad_size
+
+
+class GpuCollectives:
+    """NCCL, and memory that all ranks reach where that is faster and the GPUs are peers.
+
+    sum_shape: of the largest sum; column_shape: of the most columns to join; dtype: of both.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        store: FileStore,
+        dtype: torch.dtype,
+        *,
+        sum_shape: tuple[int, int],
+        column_shape: tuple[int, int],
+    ) -> None:
+        self._rank, self._size = rank, size
         self._device = torch.device("cuda", rank)
         torch.cuda.set_device(self._device)
         dist.init_process_group(
@@ -122,40 +189,58 @@ class GpuCollectives:
             timeout=_TIMEOUT,
             device_id=self._device,
         )
-        group = dist.group.WORLD
-        assert group is not None, "init_process_group has made it"
-        self._group_name = group.group_name
-        self._ways = FASTEST_WAYS.get(size, ())
-        self._symmetric = self._symmetric_buffer(num_elements, dtype) if self._ways else None
-        if self._symmetric is None:
-            self._ways = ()
-        self.all_reduce = " / ".join([*(way for _, way in self._ways), "nccl"])
+        self._shared = None
+        if size in FUSED_SIZES and self._are_peers():
+            self._shared = self._share(dtype, sum_shape, column_shape)
+        self.all_reduce = NCCL if self._shared is None else FUSED
 
-    def sum(self, x: Tensor) -> Tensor:
-        way = self._way(x.nbytes)
-        if way == "nccl" or self._symmetric is None or x.numel() > self._symmetric.numel():
+    def sum_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        terms, shared = self.term_buffer(len(x)), self._shared
+        if terms is None or shared is None:
             dist.all_reduce(x)
-            return x
-        if x.data_ptr() != self._symmetric.data_ptr():
-            x = self._symmetric[: x.numel()].view(x.shape).copy_(x)
-        if way == "one-shot":
-            return torch.ops.symm_mem.one_shot_all_reduce(x, "sum", self._group_name)
-        return torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", self._group_name)
+            return add_rms_norm(x, residual, weight, eps)
+        if x.data_ptr() != terms.data_ptr():
+            terms.copy_(x)
+        sum_add_rms_norm(
+            shared.terms.addresses,
+            shared.norms.addresses,
+            shared.signal_ptrs,
+            residual,
+            weight,
+            eps,
+            rank=self._rank,
+            signal_bytes=shared.signal_bytes,
+        )
+        return shared.norms.own[: len(x)]
 
-    def buffer(self, num_rows: int, num_columns: int) -> Tensor | None:
-        """A view of symmetric memory: each sum ends when every rank has read it."""
-        num_elements = num_rows * num_columns
-        symmetric = self._symmetric
-        if symmetric is None or num_elements > symmetric.numel():
+    def term_buffer(self, num_rows: int) -> Tensor | None:
+        """In the memory that all ranks reach: the sum ends when every rank has read it."""
+        if self._shared is None or num_rows > len(self._shared.terms.own):
             return None
-        if self._way(num_elements * symmetric.itemsize) == "nccl":
-            return None
-        return symmetric[:num_elements].view(num_rows, num_columns)
+        return self._shared.terms.own[:num_rows]
 
-    def gather(self, x: Tensor) -> Tensor:
-        out = x.new_empty(self._size, *x.shape)
-        _gather_into(out.view(-1, *x.shape[1:]), x.contiguous())
+    def join_columns(self, x: Tensor, num_columns: int) -> Tensor:
+        columns, shared = self.column_buffer(len(x)), self._shared
+        if columns is None or shared is None:
+            parts = x.new_empty(self._size, *x.shape)
+            _gather_into(parts.view(-1, *x.shape[1:]), x.contiguous())
+            return join_columns_reference(parts, num_columns)
+        assert x.data_ptr() == columns.data_ptr(), "the columns are elsewhere"
+        out = x.new_empty(len(x), num_columns)
+        join_columns(
+            shared.columns.addresses,
+            shared.signal_ptrs,
+            out,
+            x.shape[1],
+            rank=self._rank,
+            signal_bytes=shared.signal_bytes,
+        )
         return out
+
+    def column_buffer(self, num_rows: int) -> Tensor | None:
+        if self._shared is None or num_rows > len(self._shared.columns.own):
+            return None
+        return self._shared.columns.own[:num_rows]
 
     def minimum(self, value: int) -> int:
         least = torch.tensor([value], dtype=torch.int64, device=self._device)
@@ -163,22 +248,31 @@ class GpuCollectives:
         return int(least)
 
     def close(self) -> None:
-        self._symmetric = None
-        dist.destroy_process_group()
+        self._shared = None
+        # To destroy the group would wait for the others to do the same, and they have ended.
+        _abort_process_group()
 
-    def _way(self, num_bytes: int) -> Way:
-        return next((way for most, way in self._ways if num_bytes <= most), "nccl")
-
-    def _symmetric_buffer(self, num_elements: int, dtype: torch.dtype) -> Tensor | None:
-        """None on every rank where it cannot be had on one."""
-        others = [i for i in range(self._size) if i != self._device.index]
+    def _are_peers(self) -> bool:
+        """Whether every rank's GPU reaches every other's memory, and this is their first group."""
+        others = [i for i in range(self._size) if i != self._rank]
         are_peers = all(torch.cuda.can_device_access_peer(self._device, i) for i in others)
-        if not self.minimum(are_peers):
-            return None
-        buffer = None
+        return bool(self.minimum(are_peers and next(_is_first_use, False)))
+
+    def _share(
+        self, dtype: torch.dtype, sum_shape: tuple[int, int], column_shape: tuple[int, int]
+    ) -> _SharedMemory | None:
+        """None on every rank where it cannot be had on one."""
+        group = dist.group.WORLD
+        assert group is not None, "init_process_group has made it"
+        shared = None
         try:
-            buffer = symmetric_memory.empty(num_elements, dtype=dtype, device=self._device)
-            symmetric_memory.rendezvous(buffer, self._group_name)
+            shared = _SharedMemory(
+                group,
+                dtype,
+                self._device,
+                sum_shape=sum_shape,
+                column_shape=column_shape,
+            )
         except RuntimeError:  # no way to share memory between these processes
-            buffer = None
-        return buffer if self.minimum(buffer is not None) else None
+            shared = None
+        return shared if self.minimum(shared is not None) else None

@@ -32,6 +32,7 @@ from nanovllm_cli.core.kv_cache import (
     allocate_kv_caches,
     block_bytes,
     blocks_per_sequence,
+    copy_blocks,
     num_kv_blocks,
 )
 from nanovllm_cli.core.qwen3 import Qwen3
@@ -112,10 +113,15 @@ class CpuRunner:
         hidden = self._forward(
             torch.from_numpy(batch.token_ids).long(), slots, batch.query_lens, batch.start_positions
         )
-        ends = torch.from_numpy(np.cumsum(batch.query_lens))
-        is_last = torch.from_numpy(batch.is_last_chunk)
+        if batch.twins is not None:
+            sources, targets = map(torch.from_numpy, (batch.twins.sources, batch.twins.targets))
+            copy_blocks(self._kv_caches, sources, targets)
+        slots = torch.from_numpy(batch.row_slots).long()
+        sequences = torch.from_numpy(batch.row_sequences)
+        last_rows = torch.from_numpy(np.cumsum(batch.query_lens) - 1)[sequences]
+        is_last = torch.from_numpy(batch.is_last_chunk)[sequences]
         lengths = torch.from_numpy(batch.start_positions + batch.query_lens).long()
-        self._table.length[slots] = lengths
+        self._table.length[slots] = lengths[sequences]
         window = self._window(slots, 1, batch.needs)
         if batch.prompt_targets is not None:
             window.prompt_logprobs = prompt_logprobs(
@@ -123,7 +129,7 @@ class CpuRunner:
             )
         if is_last.any():
             rows = torch.nonzero(is_last).squeeze(1)
-            self._advance(window, 0, rows, self._logits(hidden[ends[rows] - 1]))
+            self._advance(window, 0, rows, self._logits(hidden[last_rows[rows]]))
         return window.result()
 
     def _decode(self, batch: DecodeBatch) -> BatchResult:

@@ -17,7 +17,14 @@ from contextlib import suppress
 from typing import Any
 
 from nanovllm_cli.core.channel import Channel, Message
-from nanovllm_cli.core.errors import EngineDied, GpuFailed, MemoryTooSmall, ModelError, UserError
+from nanovllm_cli.core.errors import (
+    EngineDied,
+    GpuFailed,
+    MemoryTooSmall,
+    ModelError,
+    NotConnected,
+    UserError,
+)
 from nanovllm_cli.core.heartbeat import NUM_BYTES, HeartbeatMonitor
 from nanovllm_cli.core.messages import Kind, decode_json
 
@@ -169,7 +176,8 @@ def above_the_streams(end: socket.socket) -> socket.socket:
 
 def as_exception(error: dict[str, Any]) -> UserError:
     """The user's mistakes as what they were there; the traceback is a note, for --debug."""
-    kinds = {kind.__name__: kind for kind in (UserError, ModelError, GpuFailed, MemoryTooSmall)}
+    of_users = (UserError, ModelError, GpuFailed, MemoryTooSmall, NotConnected)
+    kinds = {kind.__name__: kind for kind in of_users}
     exception: UserError
     if error["type"] in kinds:
         exception = kinds[error["type"]](error["message"], error["hint"])

@@ -41,12 +41,14 @@ from nanovllm_cli.core.messages import to_token_ids
 from nanovllm_cli.core.prefix_homes import PrefixHomes
 from nanovllm_cli.core.replica import QueuedRequest, Replica
 from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output, Request
+from nanovllm_cli.core.sampling_params import SamplingParams
 from nanovllm_cli.core.stats import EngineStats
 
 _LOOK_AHEAD = 64  # requests: one that waits for its replica does not hold up those behind it
-_EXPECTED_TOKENS = 128  # of a completion, where it may have more
-# A replica is too busy for a prefix that it knows when it has more to do, in tokens, than the
-# least busy one times this, and so many times the prompt besides: what is won is a part of that.
+_EXPECTED_TOKENS = 128  # of a completion, where it may have more and may end before
+_DECODE_COST = 4  # prompt tokens for the time of a generated one: 3 (8B) to 11 (0.6B) on an H200
+# A replica is too busy for a prefix that it knows when it has more to do, in prompt tokens, than
+# the least busy one times this, and so many times the prompt besides: a part of that is won.
 _MORE_TO_DO = 1.25
 _PROMPTS_MORE_TO_DO = 4
 # A request is late that takes so many times as long as the slowest so far of the one that asks.
@@ -118,6 +120,16 @@ class EngineReplicas:
         return bool(self._entries or self._outputs)
 
     @property
+    def num_waiting(self) -> int:
+        """Requests that no replica has."""
+        return len(self._waiting) + len(self._suspects)
+
+    @property
+    def stats_by_replica(self) -> list[EngineStats]:
+        """Those left out with what they had done."""
+        return [replica.process.stats for replica in self._replicas]
+
+    @property
     def num_replicas(self) -> int:
         """Those left out do not count."""
         return len(self._live)
@@ -162,7 +174,7 @@ class EngineReplicas:
         entry = QueuedRequest(
             request_or_failure,
             self._homes.prefixes_of(prompt) if self._caches_prefixes else (),
-            len(prompt) + min(request.sampling.max_tokens or _EXPECTED_TOKENS, _EXPECTED_TOKENS),
+            len(prompt) + _DECODE_COST * _expected_tokens(request.sampling),
         )
         self._entries[request_id] = self._waiting[request_id] = entry
         return None
@@ -174,10 +186,14 @@ class EngineReplicas:
             self._forget(entry)
 
     def step(self) -> list[Output]:
-        """What has come from the replicas; waits for it a moment, where something is to come."""
+        """What has come from the replicas; waits for it a moment, where something is to come.
+
+        It does not wait where it has handed out requests: the caller may have more.
+        """
+        num_waiting = self.num_waiting
         self._hand_out()
         self._exchange()
-        if not self._outputs and self._entries:
+        if not self._outputs and self._entries and self.num_waiting >= num_waiting:
             self._wait()
             self._exchange()
         outputs, self._outputs = self._outputs, []
@@ -338,9 +354,15 @@ class EngineReplicas:
 
     def _add_up_stats(self) -> None:
         """In place: whoever shows the progress holds them."""
-        counts = zip(*(astuple(r.process.stats) for r in self._replicas), strict=True)
+        counts = zip(*map(astuple, self.stats_by_replica), strict=True)
         for stats_field, values in zip(fields(self.stats), counts, strict=True):
             setattr(self.stats, stats_field.name, sum(values))
+
+
+def _expected_tokens(sampling: SamplingParams) -> int:
+    """Of a completion, as far as one can know."""
+    most = sampling.max_tokens or _EXPECTED_TOKENS
+    return most if sampling.ignore_eos else min(most, _EXPECTED_TOKENS)
 
 
 def share_machine(config: EngineConfig, num_replicas: int) -> EngineConfig:

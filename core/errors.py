@@ -22,5 +22,9 @@ class MemoryTooSmall(UserError):
     """The machine has too little memory for the model and one sequence's KV cache."""
 
 
+class NotConnected(UserError):
+    """The ranks of an engine cannot reach each other; no model is loaded yet."""
+
+
 class EngineDied(UserError):
     """The engine's process has ended or hangs, and to start it again has not helped."""

@@ -18,6 +18,13 @@ class KVCache:
     v: Tensor
 
 
+def copy_blocks(caches: list[KVCache], sources: Tensor, targets: Tensor) -> None:
+    """Block `sources[i]` to `targets[i]` in every layer; int [num_copies]."""
+    for cache in caches:
+        for pages in (cache.k, cache.v):
+            pages[targets] = pages[sources]
+
+
 def blocks_per_sequence(config: ResolvedConfig) -> int:
     """Blocks of the longest sequence."""
     return -(-config.max_model_len // config.block_size)

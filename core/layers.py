@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from nanovllm_cli.core.config import RopeConfig
 from nanovllm_cli.core.parallel import ALONE, Shard, TensorParallel, whole
 from nanovllm_cli.kernels.linear import linear
-from nanovllm_cli.kernels.rms_norm import add_rms_norm
 
 
 class Linear(nn.Module):
@@ -32,9 +31,9 @@ class Linear(nn.Module):
             weight = torch.empty(num_inputs, num_outputs).t()
         self.weight = nn.Parameter(weight, requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [num_rows, in_features] -> [num_rows, sum(out_features)]."""
-        return linear(x, self.weight)
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x: [num_rows, in_features] -> [num_rows, sum(out_features)]; in `out` if it is given."""
+        return linear(x, self.weight) if out is None else torch.mm(x, self.weight.t(), out=out)
 
 
 class RowParallelLinear(Linear):
@@ -44,12 +43,9 @@ class RowParallelLinear(Linear):
         super().__init__(in_features, out_features)
         self.parallel = parallel
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [num_rows, this rank's in_features] -> [num_rows, out_features], summed over ranks."""
-        out = self.parallel.buffer(len(x), len(self.weight))
-        if out is None:
-            return self.parallel.sum(linear(x, self.weight))
-        return self.parallel.sum(torch.mm(x, self.weight.t(), out=out))
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x: [num_rows, this rank's in_features] -> [num_rows, out_features], a term of the sum."""
+        return super().forward(x, out if out is not None else self.parallel.term_buffer(len(x)))
 
 
 class Embedding(nn.Module):
@@ -63,26 +59,27 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """token_ids: int64 [num_tokens] -> [num_tokens, hidden_size]."""
+        """token_ids: int64 [num_tokens] -> [num_tokens, hidden_size], of several ranks a term."""
         if self.parallel.size == 1:
             return self.weight[token_ids]
         own_ids = token_ids - self.shard.start
         rows = own_ids.clamp(0, self.shard.length - 1)
         is_elsewhere = (rows != own_ids).unsqueeze(1)
-        return self.parallel.sum(self.weight[rows].masked_fill_(is_elsewhere, 0.0))
+        return self.weight[rows].masked_fill_(is_elsewhere, 0.0)
 
 
 class RMSNorm(nn.Module):
     """Over the last dimension. weight: [size]."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, parallel: TensorParallel = ALONE) -> None:
         super().__init__()
+        self.parallel = parallel
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual += x in place; returns the norm of it. Both [num_rows, size]."""
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        """residual += x, summed over ranks, in place; the norm of it. Both [num_rows, size]."""
+        return self.parallel.sum_add_rms_norm(x, residual, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)

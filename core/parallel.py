@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from nanovllm_cli.core.config import ModelConfig
+from nanovllm_cli.kernels.rms_norm import add_rms_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +34,30 @@ class Collectives(Protocol):
 
     all_reduce: str  # how sums are made, for people
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of every rank's x, the same bits on each; perhaps x itself."""
+    def sum_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Add the sum of every rank's x to residual, in place; the norm of it, good until the next.
 
-    def buffer(self, num_rows: int, num_columns: int) -> Tensor | None:
-        """Where `sum` would like its x to be; good until the next call."""
+        The same bits on each rank. A rank may keep only some rows of residual up to date, as long
+        as those are the same ones at every call.
+        """
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Every rank's x: [size, *x.shape]."""
+    def term_buffer(self, num_rows: int) -> Tensor | None:
+        """Where the next sum would like its x to be; None: anywhere."""
+
+    def join_columns(self, x: Tensor, num_columns: int) -> Tensor:
+        """Every rank's columns side by side, the padding of the last ones left out.
+
+        x: [num_rows, columns of a rank] -> [num_rows, num_columns].
+        """
+
+    def column_buffer(self, num_rows: int) -> Tensor | None:
+        """Where `join_columns` would like its x to be; None: anywhere."""
 
     def minimum(self, value: int) -> int:
         """The least of every rank's value."""
 
     def close(self) -> None:
-        """No collective follows; on a GPU the graphs that hold some are gone."""
+        """The other ranks have ended; on a GPU the graphs that hold collectives are gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +93,23 @@ class TensorParallel:
             vocab_size=-(-config.vocab_size // self.size),
         )
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of every rank's x; perhaps in place."""
-        return x if self.collectives is None else self.collectives.sum(x)
+    def sum_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As Collectives has it; of one rank alone, the norm of x + residual."""
+        if self.collectives is None:
+            return add_rms_norm(x, residual, weight, eps)
+        return self.collectives.sum_add_rms_norm(x, residual, weight, eps)
 
-    def buffer(self, num_rows: int, num_columns: int) -> Tensor | None:
-        """Where to put what is to be summed next; None: anywhere."""
-        return None if self.collectives is None else self.collectives.buffer(num_rows, num_columns)
+    def term_buffer(self, num_rows: int) -> Tensor | None:
+        """As Collectives has it."""
+        return None if self.collectives is None else self.collectives.term_buffer(num_rows)
 
     def join_columns(self, x: Tensor, num_columns: int) -> Tensor:
-        """Every rank's columns side by side, the padding of the last ones left out.
+        """As Collectives has it; of one rank alone, x."""
+        return x if self.collectives is None else self.collectives.join_columns(x, num_columns)
 
-        x: [num_rows, columns of a rank] -> [num_rows, num_columns].
-        """
-        if self.collectives is None:
-            return x
-        parts = self.collectives.gather(x)
-        return parts.transpose(0, 1).reshape(len(x), -1)[:, :num_columns]
+    def column_buffer(self, num_rows: int) -> Tensor | None:
+        """As Collectives has it."""
+        return None if self.collectives is None else self.collectives.column_buffer(num_rows)
 
     def minimum(self, value: int) -> int:
         """The least of every rank's value."""

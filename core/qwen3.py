@@ -38,7 +38,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: RotaryTables, kv_cache: KVCache, attention: AttentionPlan
     ) -> Tensor:
-        """x: [num_tokens, hidden_size] -> the same shape."""
+        """x: [num_tokens, hidden_size] -> the same shape, of several ranks a term."""
         q = qk_norm_rope_store(
             self.qkv_proj(x),
             self.q_norm.weight,
@@ -64,16 +64,16 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(shard, config.hidden_size, parallel)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, hidden_size] -> the same shape."""
+        """x: [num_tokens, hidden_size] -> the same shape, of several ranks a term."""
         return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, parallel)
         self.self_attn = Attention(config, parallel)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, parallel)
         self.mlp = MLP(config, parallel)
 
     def forward(
@@ -84,7 +84,10 @@ class DecoderLayer(nn.Module):
         kv_cache: KVCache,
         attention: AttentionPlan,
     ) -> Tensor:
-        """x: [num_tokens, hidden_size], what the layer before adds to `residual` (in place)."""
+        """x: [num_tokens, hidden_size], what the layer before adds to `residual` (in place).
+
+        Of several ranks x is a term, as what it returns; the norms sum them.
+        """
         x = self.input_layernorm.add(x, residual)
         x = self.self_attn(x, rotary, kv_cache, attention)
         return self.mlp(self.post_attention_layernorm.add(x, residual))
@@ -104,7 +107,7 @@ class Qwen3(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, parallel) for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, parallel)
         self.lm_head = Linear(config.hidden_size, parallel.shard(config.vocab_size))
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -122,4 +125,5 @@ class Qwen3(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [num_rows, hidden_size] -> [num_rows, vocab_size], the same on every rank."""
-        return self.parallel.join_columns(self.lm_head(hidden), self.config.vocab_size)
+        columns = self.lm_head(hidden, self.parallel.column_buffer(len(hidden)))
+        return self.parallel.join_columns(columns, self.config.vocab_size)

@@ -21,6 +21,7 @@ from nanovllm_cli.core.batch_layout import encode_batch
 from nanovllm_cli.core.channel import Channel
 from nanovllm_cli.core.collectives import connect
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
+from nanovllm_cli.core.connection_errors import connection_errors
 from nanovllm_cli.core.engine_child import above_the_streams, as_exception, how_it_ended
 from nanovllm_cli.core.engine_worker import start_message
 from nanovllm_cli.core.errors import EngineDied, UserError
@@ -46,6 +47,7 @@ class _Follower:
     socket: socket.socket
     channel: Channel  # over `socket`; read by the watching thread, written by rank 0's
     num_meetings: int = 0
+    error: UserError | None = None  # that it says it ends with
 
 
 class RankGroup:
@@ -65,7 +67,8 @@ class RankGroup:
         self._may_hang = False  # rank 0, in a collective that a rank is lost to
         self._num_meetings = 0
         self._changed = threading.Condition()
-        self._store_fd = os.memfd_create("ranks")  # NCCL may look into it at any time
+        # Never closed: torch looks into it by its number as late as at its own end.
+        self._store_fd = os.memfd_create("ranks")
         self._followers: list[_Follower] = []
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
         try:
@@ -76,7 +79,7 @@ class RankGroup:
                 message = {**start_message(source, config), "rank": follower.rank}
                 follower.channel.send(RankMessage.START, encode_json(message))
                 follower.channel.flush_all(_SEND_SECONDS)
-            with self._collectives():
+            with connection_errors(), self._collectives():
                 self.parallel = connect(0, self._store_fd, config, sizes, meet=self._meet)
         except BaseException:
             self._end_followers()
@@ -111,10 +114,9 @@ class RankGroup:
         """
         if self._is_closing:
             return
-        self._is_closing = True
-        if self.death is None and self.parallel.collectives is not None:
-            self.parallel.collectives.close()
         self._end_followers()
+        if self.parallel.collectives is not None:
+            self.parallel.collectives.close()
 
     def _end_followers(self) -> None:
         """Politely first: one with nothing to do ends as soon as the connection does."""
@@ -132,7 +134,6 @@ class RankGroup:
             self._watcher.join()
         for follower in self._followers:
             follower.channel.close()
-        os.close(self._store_fd)
 
     def _meet(self) -> None:
         """Wait until every other rank has come as far, or raise what one has ended with."""
@@ -173,25 +174,23 @@ class RankGroup:
         while by_fd:
             for fd, _ in poll.poll():
                 follower = by_fd[fd]
-                error = self._receive(follower)
+                self._receive(follower)
                 if follower.channel.is_closed:
                     poll.unregister(fd)
                     del by_fd[fd]
-                    self._on_end(follower, error)
+                    self._on_end(follower)
 
-    def _receive(self, follower: _Follower) -> UserError | None:
-        """Take in what it says; what it says it ends with."""
-        error = None
+    def _receive(self, follower: _Follower) -> None:
+        """Take in what it says."""
         for kind, payload in follower.channel.receive():
             if kind == RankMessage.ERROR:
-                error = as_exception(decode_json(payload))
+                follower.error = as_exception(decode_json(payload))
             else:
                 with self._changed:
                     follower.num_meetings += 1
                     self._changed.notify_all()
-        return error
 
-    def _on_end(self, follower: _Follower, error: UserError | None) -> None:
+    def _on_end(self, follower: _Follower) -> None:
         if self._is_closing or self.death is not None:
             return
         try:
@@ -201,7 +200,7 @@ class RankGroup:
             follower.process.wait()
         how = how_it_ended(follower.process.returncode)
         with self._changed:
-            self.death = error or EngineDied(f"rank {follower.rank} {how}", _HINT)
+            self.death = follower.error or EngineDied(f"rank {follower.rank} {how}", _HINT)
             self._changed.notify_all()
         while True:
             time.sleep(_GRACE_SECONDS)

@@ -15,7 +15,7 @@ class QueuedRequest:
 
     request: Request
     prefixes: tuple[int, ...]
-    num_tokens: int  # to compute, about
+    num_tokens: int  # to compute, about; a generated one counts as several of a prompt
     replicas: list["Replica"] = field(default_factory=list)
     num_deaths: int = 0  # of replicas while they had it
 
@@ -28,7 +28,7 @@ class Replica:
     process: EngineProcess
     given: dict[int, float] = field(default_factory=dict)  # request id -> when
     at_risk: set[int] = field(default_factory=set)  # of those: as many fail with the one that kills
-    num_tokens: int = 0  # of those, to compute
+    num_tokens: int = 0  # of all those together
     num_restarts: int = 0  # that are dealt with
     has_been_ready: bool = False
     longest_seconds: float | None = None  # from giving it a request to its completion

@@ -113,9 +113,10 @@ def check_gpu() -> None:
 def check_ranks(size: int, device: str, model: ModelConfig) -> None:
     """Raise UserError where the model, the GPUs or this torch cannot be shared out to ranks."""
     what = f"tensor_parallel_size is {size}"
-    why_not = _why_not(size, model)
+    why_not = why_not_shared(size, model)
     if why_not is not None:
-        possible = [n for n in range(1, model.num_attention_heads + 1) if not _why_not(n, model)]
+        sizes = range(1, model.num_attention_heads + 1)
+        possible = [n for n in sizes if not why_not_shared(n, model)]
         hint = f"Choose one of {', '.join(map(str, possible))}."
         raise UserError(f"{what}, and the model has {why_not}", hint)
     is_gpu = device == "cuda"
@@ -132,9 +133,17 @@ def check_ranks(size: int, device: str, model: ModelConfig) -> None:
             f"{what}, and this torch has no {'NCCL' if is_gpu else 'gloo'} to connect ranks with",
             "Install a torch that has it, or leave out --tensor-parallel-size.",
         )
+    if is_gpu:
+        names = dict.fromkeys(torch.cuda.get_device_name(i) for i in range(size))
+        if len(names) > 1:
+            raise UserError(
+                f"{what}, and the GPUs differ: {', '.join(names)}",
+                "Ranks on different GPUs may draw different tokens. Choose GPUs that are alike "
+                "with CUDA_VISIBLE_DEVICES.",
+            )
 
 
-def _why_not(size: int, model: ModelConfig) -> str | None:
+def why_not_shared(size: int, model: ModelConfig) -> str | None:
     """What of a model so many ranks cannot share out."""
     if model.num_attention_heads % size:
         return f"{model.num_attention_heads} attention heads"

@@ -33,6 +33,7 @@ from nanovllm_cli.core.batch import (
     RowNeeds,
     SampleBatch,
     TokenMasks,
+    Twins,
 )
 from nanovllm_cli.core.block_manager import BlockManager
 from nanovllm_cli.core.grammar import GrammarError, Grammars
@@ -308,6 +309,7 @@ class Scheduler:
     def _schedule_prefill(self) -> PrefillBatch | None:
         budget = self._max_num_batched_tokens
         scheduled: list[tuple[Sequence, int]] = []
+        twins: list[tuple[Sequence, int]] = []  # and the index of its leader
         while budget > 0 and (sequence := self._chunked or self._resume() or self._admit()):
             num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
             scheduled.append((sequence, num_tokens))
@@ -318,6 +320,8 @@ class Scheduler:
             self._chunked = None if is_last else sequence
             # Before it is computed: launches run in order, and store before they read.
             self._publish(sequence)
+            while is_last and (twin := self._admit_twin_of(sequence)):
+                twins.append((twin, len(scheduled) - 1))
         if not scheduled:
             return None
         self.stats.num_prefill_launches += 1
@@ -325,12 +329,15 @@ class Scheduler:
         ends = np.array([s.num_computed_tokens for s in sequences], dtype=np.int32)
         query_lens = np.array([num_tokens for _, num_tokens in scheduled], dtype=np.int32)
         starts = ends - query_lens
-        in_flight = [s.num_in_flight_tokens for s in sequences]
         targets, target_counts = take_prompt_targets(sequences, starts, ends)
-        self._launched.append(_Launched([*sequences], in_flight, target_counts))
-        needs = self._needs([s if s.num_in_flight_tokens else None for s in sequences])
+        rows = [*sequences, *(twin for twin, _ in twins)]
+        in_flight = [s.num_in_flight_tokens for s in rows]
+        target_counts = [*target_counts, *([0] * len(twins))]
+        self._launched.append(_Launched([*rows], in_flight, target_counts))
+        needs = self._needs([s if s.num_in_flight_tokens else None for s in rows])
         slots = _slots_of(sequences)
-        self._leave_if_full(sequences)
+        planned_twins = self._plan_twins(sequences, twins) if twins else None
+        self._leave_if_full(rows)
         return PrefillBatch(
             admissions=self._take_admissions(),
             block_table_update=self._take_block_table_update(),
@@ -340,7 +347,8 @@ class Scheduler:
             ),
             start_positions=starts,
             query_lens=query_lens,
-            is_last_chunk=np.array(in_flight, dtype=np.bool_),
+            is_last_chunk=np.array(in_flight[: len(sequences)], dtype=np.bool_),
+            twins=planned_twins,
             needs=needs,
             prompt_targets=targets,
         )
@@ -383,7 +391,50 @@ class Scheduler:
             needed += len(self._running) + 1  # a block for each to grow into
         if needed > blocks.num_free_blocks:
             return None
-        self._waiting.popleft()
+        self._enter(cached, num_new)
+        return sequence
+
+    def _admit_twin_of(self, leader: Sequence) -> Sequence | None:
+        """Give the first waiting sequence a slot and blocks, where its prompt is the leader's.
+
+        It computes nothing. Its KV is the leader's: full blocks are shared, the last is copied.
+        """
+        blocks = self._block_manager
+        if not self._waiting or not self._free_slots or not blocks.enable_prefix_caching:
+            return None
+        twin = self._waiting[0]
+        is_twin = (
+            twin.num_tokens == twin.num_prompt_tokens == leader.num_tokens
+            and twin.next_prompt_target is None
+            and twin.request.sampling.grammar is None
+            and np.array_equal(twin.token_ids, leader.token_ids)
+        )
+        num_shared, num_over = divmod(leader.num_tokens, blocks.block_size)
+        num_new = int(num_over > 0)
+        if not is_twin or num_new + len(self._running) + 1 > blocks.num_free_blocks:
+            return None
+        self._enter(leader.block_table[:num_shared], num_new)
+        twin.num_computed_tokens = twin.num_tokens
+        twin.num_in_flight_tokens += 1
+        return twin
+
+    def _plan_twins(self, leaders: list[Sequence], twins: list[tuple[Sequence, int]]) -> Twins:
+        copies = []
+        for twin, i in twins:
+            index, num_over = divmod(twin.num_tokens, self._block_manager.block_size)
+            if num_over:
+                copies.append((leaders[i].block_table[index], twin.block_table[index]))
+        columns = np.array(copies, dtype=np.int32).reshape(-1, 2)
+        return Twins(
+            slots=_slots_of([twin for twin, _ in twins]),
+            leaders=np.array([i for _, i in twins], dtype=np.int32),
+            sources=columns[:, 0].copy(),
+            targets=columns[:, 1].copy(),
+        )
+
+    def _enter(self, cached: list[int], num_new: int) -> None:
+        """Let the first waiting sequence run, with blocks that hold its beginning and new ones."""
+        sequence, blocks = self._waiting.popleft(), self._block_manager
         self._num_asking += sequence.asks
         self._num_with_grammar += sequence.matcher is not None
         self._running[sequence.request.request_id] = sequence
@@ -395,14 +446,15 @@ class Scheduler:
         sequence.num_computed_tokens = len(cached) * blocks.block_size
         sequence.num_prefilled_tokens = sequence.num_tokens
         if sequence.num_cached_tokens is None:
-            # Forced tokens may be in the cache as well.
-            num_cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+            # Forced tokens may be in the cache as well; and a twin counts what it would have found,
+            # whatever else is in its launch.
+            findable = (sequence.num_tokens - 1) // blocks.block_size * blocks.block_size
+            num_cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens, findable)
             sequence.num_cached_tokens = num_cached
             self.stats.num_prompt_tokens += sequence.num_prompt_tokens
             self.stats.num_cached_tokens += num_cached
         self._new_blocks += [(sequence.slot, i, b) for i, b in enumerate(sequence.block_table)]
         self._new_admissions.append(self._admission(sequence))
-        return sequence
 
     def _admission(self, sequence: Sequence) -> Admission:
         assert sequence.slot is not None, "a running sequence has a slot"

@@ -71,11 +71,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     if num_rows:
         block = triton.next_power_of_2(size)
         add_rms_norm_kernel[(num_rows,)](
-            x, residual, weight, out, eps, size, BLOCK=block, num_warps=_num_warps(block)
+            x, residual, weight, out, eps, size, BLOCK=block, num_warps=warps_of_row(block)
         )
     return out
 
 
-def _num_warps(block: int) -> int:
+def warps_of_row(block: int) -> int:
     """Eight elements a thread, 16 bytes of bf16, where the row is long enough for a warp."""
     return min(max(block // 256, 1), 16)

@@ -21,6 +21,7 @@ from .exit_code import ExitCode
 from .generate_command import generate_command
 from .merge_command import merge_command
 from .run_job import end_for_closed_pipe, exit_code_of, report, run_job
+from .score_command import score_command
 from .settings import option
 
 app = typer.Typer(
@@ -48,6 +49,7 @@ def root(
 
 
 app.command("generate")(generate_command)
+app.command("score")(score_command)
 app.command("merge")(merge_command)
 app.command("bench")(bench_command)
 
@@ -55,14 +57,18 @@ app.command("bench")(bench_command)
 @app.command("doctor")
 def doctor_command(
     json: bool = option(False, "--json", panel=flags.RUN, help="One JSON document on stdout."),
+    model: str | None = option(
+        None, "--model", "-m", panel=flags.RUN, metavar="NAME",
+        help="Say also whether to run this one with --tp or --dp here, and why.",
+    ),
     debug: flags.Debug = False,
-) -> None:
+) -> None:  # fmt: skip
     """Say what this machine can run, and with which kernels."""
 
     def job() -> ExitCode:
         from .doctor import doctor
 
-        return doctor(as_json=json)
+        return doctor(as_json=json, model=model)
 
     raise typer.Exit(run_job(job, debug=debug))
 
@@ -85,7 +91,7 @@ def main() -> NoReturn:
         # Typer's usage errors have a base class that differs between its versions.
         if not hasattr(error, "format_message"):
             raise
-        hint = "nanovllm --help lists the commands, nanovllm generate --help the flags."
+        hint = "nanovllm --help lists the commands, nanovllm COMMAND --help its flags."
         message = error.format_message()
         if possibilities := getattr(error, "possibilities", None):
             name = str(getattr(error, "option_name", ""))

@@ -7,7 +7,6 @@ runs to its given length (end-of-text ignored), so that the work is the same wha
 import gc
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,20 +15,29 @@ import orjson
 import torch
 
 from nanovllm_cli.core.config import ModelConfig
+from nanovllm_cli.core.engine_replicas import share_machine
 from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.machine_rates import MachineRates, cpu_rates, gpu_rates
 from nanovllm_cli.core.resolved_config import ResolvedConfig, resolve
 
 from .bench_compare import OldRecord
 from .bench_options import BenchOptions
-from .bench_record import bound_record, identity, phases_record, settings_record, speed_record
-from .bench_table import say_record
+from .bench_record import (
+    bound_record,
+    identity,
+    phases_record,
+    settings_record,
+    single_record,
+    speed_record,
+)
+from .bench_table import say, say_record
 from .builtin_configs import builtin_config
 from .exit_code import CommandError, ExitCode
 from .files import io_errors
 from .machine import device_name, gpu_counters, seconds_since_process_start, software
-from .measurement import measure
+from .measurement import Draw, measure
 from .models import resolve_model
+from .placement import parallel_notes
 from .roofline import bound, loads
 from .timed_pass import check_fits
 from .workloads import WORKLOADS, Workload
@@ -46,40 +54,42 @@ def bench(options: BenchOptions) -> ExitCode:
         with io_errors(options.profile):
             options.profile.mkdir(parents=True, exist_ok=True)
     model, checkpoint = _find_model(options)
-    settings = resolve(options.engine, model)
+    settings = resolve(share_machine(options.engine, options.data_parallel_size), model)
     check_seconds = time.perf_counter() - start
 
     draw = _workload(options, model, checkpoint)
     workload = draw(0)
-    if options.limit is not None and options.limit > len(workload):
+    if options.limit is not None and options.limit * options.num_copies > len(workload):
         raise UserError(
-            f"--limit is {options.limit}; {options.workload} has {len(workload)} sequences"
+            f"--limit is {options.limit}; {options.workload} has "
+            f"{len(workload) // options.num_copies} sequences"
         )
     check_fits(workload, settings.max_model_len)
     record = identity(options, workload, settings, device_name(settings.device))
     if old is not None:
         old.check(record)
 
+    for note in parallel_notes(options.engine, options.data_parallel_size, checkpoint or model):
+        say(note)
     num_threads = torch.get_num_threads()
-    counters = gpu_counters(settings.device)
-    measurement = measure(options, settings, model, checkpoint, draw, counters)
+    counters = gpu_counters(settings.device, options.num_gpus)
+    measurement = measure(options, settings, checkpoint or model, draw, counters)
     timed = measurement.median_pass
-    rates = _machine_rates(settings, num_threads)
-    if settings.device == "cuda":
-        rates = rates.of_several(settings.tensor_parallel_size)
+    rates = _machine_rates(settings, options.num_gpus, num_threads)
     least = bound(
         model,
         getattr(torch, settings.dtype).itemsize,
         loads(workload, is_shared=settings.enable_prefix_caching),
         rates,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_seqs=settings.max_num_seqs * options.data_parallel_size,
+        max_num_batched_tokens=settings.max_num_batched_tokens * options.data_parallel_size,
     )
     record = {
         **speed_record(measurement),
         **record,
         "weights": "random" if checkpoint is None else "the checkpoint's",
         "temperature": options.temperature,
+        **single_record(measurement, options),
         **bound_record(least, rates, timed),
         **phases_record(measurement, import_seconds, check_seconds),
         "settings": settings_record(settings, measurement),
@@ -88,6 +98,7 @@ def bench(options: BenchOptions) -> ExitCode:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "comparison": None,
         "profile": measurement.profile,
+        "not_measured": measurement.not_measured,
         "runs": [asdict(timed) for timed in measurement.passes],
     }
     is_too_slow = False
@@ -120,10 +131,8 @@ def _find_model(options: BenchOptions) -> tuple[ModelConfig, Path | None]:
     return ModelConfig.from_directory(path), path
 
 
-def _workload(
-    options: BenchOptions, model: ModelConfig, checkpoint: Path | None
-) -> Callable[[int], Workload]:
-    """The sequences of each pass, the first `--limit` of them."""
+def _workload(options: BenchOptions, model: ModelConfig, checkpoint: Path | None) -> Draw:
+    """The sequences of each pass, the first `--limit` of them, once for each engine or for all."""
     if options.is_fixed:
         make = WORKLOADS[options.workload]
     else:
@@ -139,18 +148,22 @@ def _workload(
             limit=options.limit,
         )
 
-    def draw(repeat: int) -> Workload:
-        sequences = make(repeat)[: options.limit]
+    def draw(repeat: int, copies: int = options.num_copies) -> Workload:
+        sequences = [
+            sequence
+            for copy in range(copies)
+            for sequence in make(repeat * copies + copy)[: options.limit]
+        ]
         # A small model has fewer tokens than are drawn.
         return [(prompt % model.vocab_size, num_tokens) for prompt, num_tokens in sequences]
 
     return draw
 
 
-def _machine_rates(settings: ResolvedConfig, num_threads: int) -> MachineRates:
-    """Measured when the engine is gone, on a machine that is warm."""
+def _machine_rates(settings: ResolvedConfig, num_gpus: int, num_threads: int) -> MachineRates:
+    """Of all that was used, measured when the engine is gone, on a machine that is warm."""
     gc.collect()
     if settings.device == "cpu":
-        return cpu_rates(settings.num_threads or num_threads)
+        return cpu_rates((settings.num_threads or 0) * num_gpus or num_threads)
     torch.cuda.empty_cache()
-    return gpu_rates(getattr(torch, settings.dtype))
+    return gpu_rates(getattr(torch, settings.dtype)).of_several(num_gpus)

@@ -44,11 +44,20 @@ def bench_command(
         None, "--profile", panel=_RECORD, metavar="DIR",
         help="One more pass: torch profiler traces of two slices, and the time of each kernel.",
     ),
+    no_single: bool = option(
+        False, "--no-single", panel=_RECORD,
+        help="With --tp or --dp: leave out the pass of one engine alone on one GPU.",
+    ),
+    weak_scaling: bool = option(
+        False, "--weak-scaling", panel=_WORK,
+        help="With --dp: the whole workload for each engine; the one alone has one of them.",
+    ),
     model: flags.Model = DEFAULT_MODEL,
     dtype: flags.DType = flags.DEFAULTS.dtype,
     max_model_len: flags.MaxModelLen = None,
     device: flags.Device = flags.DEFAULTS.device,
     tensor_parallel_size: flags.TensorParallelSize = flags.DEFAULTS.tensor_parallel_size,
+    data_parallel_size: flags.DataParallelSize = 1,
     max_num_seqs: flags.MaxNumSeqs = None,
     max_num_batched_tokens: flags.MaxNumBatchedTokens = None,
     gpu_memory_utilization: flags.GpuMemoryUtilization = flags.DEFAULTS.gpu_memory_utilization,
@@ -72,7 +81,7 @@ def bench_command(
     The table shows what share was reached of what this machine could do at
     best: its memory bandwidth and its rate of matrix products are measured in
     the same run. Without a checkpoint Qwen3-0.6B ... Qwen3-32B have random
-    weights.
+    weights. With --tp or --dp, one GPU alone runs it as well: the speed-up.
     """
 
     def job() -> ExitCode:
@@ -105,6 +114,9 @@ def bench_command(
                 compare=compare,
                 fail_if_slower=fail_if_slower,
                 profile=profile,
+                data_parallel_size=data_parallel_size,
+                weak_scaling=weak_scaling,
+                single=not no_single,
                 engine=engine,
             )
         )

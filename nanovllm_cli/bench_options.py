@@ -27,6 +27,9 @@ class BenchOptions:
     compare: Path | None = None  # an earlier record
     fail_if_slower: float | None = None  # percent
     profile: Path | None = None  # a directory for traces
+    data_parallel_size: int = 1  # engines
+    weak_scaling: bool = False  # the whole workload for each engine, not a share of it
+    single: bool = True  # one engine alone as well, where several GPUs are measured
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
@@ -34,6 +37,7 @@ class BenchOptions:
             ("repeats", self.repeats, 1),
             ("max-tokens", self.max_tokens, 1),
             ("limit", self.limit, 1),
+            ("data-parallel-size", self.data_parallel_size, 1),
         ):
             if value is not None and value < least:
                 raise UserError(f"--{name} is {value}; it must be at least {least}")
@@ -62,8 +66,26 @@ class BenchOptions:
                     f"--fail-if-slower is {self.fail_if_slower:g}; it is a percentage, from 0 to "
                     "below 100"
                 )
+        if self.weak_scaling and self.data_parallel_size == 1:
+            raise UserError("--weak-scaling is for several engines", "Add --data-parallel-size N.")
+        if self.profile is not None and self.data_parallel_size > 1:
+            raise UserError(
+                f"--profile is for an engine in this process; with --data-parallel-size "
+                f"{self.data_parallel_size} each is in one of its own",
+                "Profile one engine, with --data-parallel-size 1: the others do the same.",
+            )
         if self.profile is not None and self.profile.exists() and not self.profile.is_dir():
             raise UserError(f"--profile {self.profile} is no directory")
+
+    @property
+    def num_gpus(self) -> int:
+        """On a CPU, processes."""
+        return self.data_parallel_size * self.engine.tensor_parallel_size
+
+    @property
+    def num_copies(self) -> int:
+        """How often the workload is run in one pass."""
+        return self.data_parallel_size if self.weak_scaling else 1
 
     @property
     def is_fixed(self) -> bool:

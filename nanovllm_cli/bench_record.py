@@ -31,6 +31,9 @@ def identity(
         "total_num_tokens": sum(len(prompt) + num_tokens for prompt, num_tokens in workload),
         "device": device,
         "dtype": settings.dtype,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "data_parallel_size": options.data_parallel_size,
+        "weak_scaling": options.weak_scaling,
     }
 
 
@@ -58,11 +61,31 @@ def speed_record(measurement: Measurement) -> Record:
         "decode_steps": timed.decode_steps,
         "mean_batch": timed.mean_batch,
         "preemptions": timed.preemptions,
+        "replica_output_tokens": timed.replica_output_tokens,
+        "replica_busy_share": [busy / seconds for busy in timed.replica_seconds],
         "prefix_hit_rate": timed.cached_tokens / timed.prompt_tokens,
         "joules_per_output_token": statistics.median(joules) if joules else None,
         "peak_gpu_bytes": measurement.peak_gpu_bytes,
         "peak_host_bytes": measurement.peak_host_bytes,
         "gpu_idle_share": _idle_share(measurement.profile),
+    }
+
+
+def single_record(measurement: Measurement, options: BenchOptions) -> Record:
+    """What several GPUs gain over one of them; None where nothing was measured of one."""
+    single = measurement.single
+    if single is None:
+        return {"single": None, "speedup": None, "efficiency": None}
+    timed, alone = measurement.median_pass, single.output_tokens / single.elapsed_time
+    speedup = timed.output_tokens / timed.elapsed_time / alone
+    return {
+        "single": {
+            "elapsed_time": single.elapsed_time,
+            "output_tokens_per_second": alone,
+            "run": asdict(single),
+        },
+        "speedup": speedup,
+        "efficiency": speedup / options.num_gpus,
     }
 
 
@@ -85,7 +108,7 @@ def phases_record(
 ) -> Record:
     """Where the time went, from the start of the process."""
     timed = measurement.median_pass
-    before = (check_seconds, measurement.load_seconds, measurement.capture_seconds)
+    before = (check_seconds, measurement.load_seconds, measurement.capture_seconds or 0.0)
     return {
         "engine_ready_seconds": None if import_seconds is None else import_seconds + sum(before),
         "phases_seconds": {

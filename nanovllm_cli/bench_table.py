@@ -40,6 +40,15 @@ def say_record(record: dict[str, Any]) -> None:
     facts.add_row(
         "products", f"{rates['flops_per_second'] / 1e9:,.0f} GFLOP/s: {rates['flops_measured_by']}"
     )
+    if (single := record["single"]) is not None:
+        facts.add_row(
+            "one alone",
+            f"{single['output_tokens_per_second']:,.0f} output tok/s; "
+            f"{record['speedup']:.2f} times as fast with "
+            f"{record['tensor_parallel_size'] * record['data_parallel_size']} "
+            f"(tp {record['tensor_parallel_size']}, dp {record['data_parallel_size']}), "
+            f"efficiency {record['efficiency']:.1%}",
+        )
     phases = ", ".join(
         f"{name.replace('_', ' ')} {seconds:.2f}"
         for name, seconds in record["phases_seconds"].items()
@@ -51,6 +60,10 @@ def say_record(record: dict[str, Any]) -> None:
         f"{record['prefill_launches']} prefills, {record['decode_steps']} decode steps of "
         f"{record['mean_batch']:.1f} sequences, {record['preemptions']} preemptions",
     )
+    if record["data_parallel_size"] > 1:
+        replicas = zip(record["replica_output_tokens"], record["replica_busy_share"], strict=True)
+        each = "; ".join(f"{num_tokens:,} tokens, {busy:.1%} busy" for num_tokens, busy in replicas)
+        facts.add_row("engines", each)
     facts.add_row("prefix hits", f"{record['prefix_hit_rate']:.1%} of the prompt tokens")
     if record["peak_gpu_bytes"] is not None:
         facts.add_row("peak GPU memory", f"{record['peak_gpu_bytes'] / 2**30:.1f} GiB")

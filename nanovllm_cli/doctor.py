@@ -4,11 +4,14 @@ import errno
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 import torch
+import torch.distributed as dist
 from huggingface_hub import constants
 from rich.console import Console
 from rich.table import Table
@@ -19,13 +22,17 @@ from nanovllm_cli.core.attention_backend import (
     attention_backends,
     choose_attention_backend,
 )
-from nanovllm_cli.core.config import EngineConfig
+from nanovllm_cli.core.collectives import FUSED, FUSED_SIZES, NCCL
+from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.errors import UserError
-from nanovllm_cli.core.resolved_config import check_gpu
+from nanovllm_cli.core.resolved_config import check_gpu, resolve
 
+from .builtin_configs import builtin_config
 from .exit_code import CommandError, ExitCode
 from .files import io_errors
+from .gpus import GpuLink, describe_links, find_gpus, find_links
 from .models import SHORT_NAMES, resolve_model
+from .placement import Needs, advise, advise_cpu
 
 _PACKAGES = (
     "torch",
@@ -45,9 +52,14 @@ class _Stdout(Console):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
-def doctor(*, as_json: bool) -> ExitCode:
-    """Report on stdout: a table for people, or one JSON document."""
+def doctor(*, as_json: bool, model: str | None = None) -> ExitCode:
+    """Report on stdout: a table for people, or one JSON document; `model`: a name to advise on.
+
+    Raises CommandError where there is no such model.
+    """
     report = _report()
+    if model is not None:
+        report["advice"] = {model: _advice(_find_config(model))}
     if as_json:
         with io_errors("standard output"):
             sys.stdout.buffer.write(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
@@ -66,6 +78,7 @@ def doctor(*, as_json: bool) -> ExitCode:
 
 
 def _report() -> dict[str, Any]:
+    gpus = find_gpus()
     return {
         "nanovllm": __version__,
         "python": platform.python_version(),
@@ -73,11 +86,49 @@ def _report() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "cpu_threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "gpus": list(map(str, gpus)),
+        **_connections(len(gpus)),
         **_choice(),
         "models_cached": [name for name in SHORT_NAMES if _is_cached(name)],
         "model_cache": constants.HF_HUB_CACHE,
     }
+
+
+def _connections(num_gpus: int) -> dict[str, Any]:
+    """How ranks would exchange what they compute."""
+    if num_gpus < 2:
+        return {}
+    links = find_links(num_gpus)
+    has_nccl = dist.is_available() and dist.is_nccl_available()
+    shared_memory = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    return {
+        "gpu_links": describe_links(links),
+        "nccl": _nccl_version() if has_nccl else "not in this torch",
+        "shared_memory_gib": round(shared_memory / 2**30, 1),
+        "all_reduce": {f"--tp {n}": all_reduce(n, links) for n in (2, 4, 8) if n <= num_gpus},
+    }
+
+
+def _nccl_version() -> str:
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+
+
+def all_reduce(num_ranks: int, links: Sequence[GpuLink]) -> str:
+    """As GpuCollectives chooses it."""
+    are_peers = all(link.are_peers for link in links if max(link.pair) < num_ranks)
+    return FUSED if are_peers and num_ranks in FUSED_SIZES else NCCL
+
+
+def _find_config(name: str) -> ModelConfig:
+    """Of a model that need not be here; raises CommandError where nothing is known of it."""
+    return builtin_config(name) or ModelConfig.from_directory(resolve_model(name, offline=True))
+
+
+def _advice(model: ModelConfig) -> str:
+    settings = resolve(EngineConfig(), model)
+    if settings.device == "cpu":
+        return advise_cpu(model, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return advise(Needs.of(model, settings), find_gpus())
 
 
 def _choice() -> dict[str, Any]:
@@ -115,12 +166,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _gpu(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
-    memory = properties.total_memory / 2**30
-    return f"{properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}"
 
 
 def _is_cached(name: str) -> bool:

@@ -26,7 +26,8 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     """Report on stderr; the exit code is the one the job's bad rows would give."""
     sources = find_inputs(options.inputs)
     check_inputs(sources, limit=options.limit)
-    rows = try_first_rows(read_rows(sources, limit=options.limit), options.prompt)
+    rows = read_rows(sources, limit=options.limit)
+    rows = try_first_rows(rows, options.prompt, options.columns)
     path = resolve_model(options.model, options.revision, offline=options.offline)
     model = ModelConfig.from_directory(path)
     engine = resolve(options.engine, model)
@@ -41,7 +42,7 @@ def dry_run(options: GenerateOptions) -> ExitCode:
                 errors[fed.code] += 1
                 continue
             try:
-                plan = planner.plan(fed.prompt, fed.token_ids)
+                plan = planner.plan(fed.prompt, fed.token_ids, fed.first_scored)
                 _check(plan, engine.max_model_len, model.vocab_size)
             except Refused as refused:
                 errors[refused.code] += 1
@@ -61,7 +62,8 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     for code, count in errors.most_common():
         table.add_row("", f"{count} {code}")
     table.add_row("prompt tokens", f"{num_prompt_tokens}, the longest prompt {longest_prompt}")
-    table.add_row("completion tokens", f"at most {num_completion_tokens}")
+    if not options.prompt.is_score:
+        table.add_row("completion tokens", f"at most {num_completion_tokens}")
     table.add_row(
         "KV cache",
         f"{kv_bytes * longest / 2**20:.1f} MiB for the longest row, at most "

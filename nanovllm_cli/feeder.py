@@ -12,7 +12,9 @@ from itertools import islice
 from .id_set import IdSet
 from .prompt_options import PromptOptions
 from .prompts import Prompt, to_prompt
+from .refusal import Refused
 from .rows import BadRow, Row
+from .score_prompt import tokens_to_score
 from .tokenizer import PromptTokenizer, TemplateError
 
 _ROWS_AT_ONCE = 256
@@ -26,6 +28,7 @@ class TokenizedPrompt:
 
     prompt: Prompt
     token_ids: list[int]
+    first_scored: int | None = None  # a position; None: the prompt is completed, and not scored
 
 
 Fed = TokenizedPrompt | BadRow
@@ -49,18 +52,32 @@ def to_prompts(
 
 def tokenize(chunk: list[Prompt | BadRow], tokenizer: PromptTokenizer) -> list[Fed]:
     """A chunk's prompts with their token ids; bad rows stay as they are."""
-    encoded = iter(tokenizer.encode([p for p in chunk if isinstance(p, Prompt)]))
+    prompts = [p for p in chunk if isinstance(p, Prompt)]
+    encoded = iter(tokenizer.encode(prompts))
+    contexts = iter(tokenizer.num_context_tokens(prompts))
     fed: list[Fed] = []
     for prompt in chunk:
         if isinstance(prompt, BadRow):
             fed.append(prompt)
             continue
-        token_ids = next(encoded)
+        token_ids, num_context_tokens = next(encoded), next(contexts)
         if isinstance(token_ids, TemplateError):
             fed.append(bad_row(prompt, "template_error", str(token_ids)))
+        elif prompt.is_scored:
+            fed.append(_scored(prompt, token_ids, num_context_tokens, tokenizer.first_token_id))
         else:
             fed.append(TokenizedPrompt(prompt=prompt, token_ids=token_ids))
     return fed
+
+
+def _scored(
+    prompt: Prompt, token_ids: list[int], num_context_tokens: int | None, first_token_id: int | None
+) -> Fed:
+    try:
+        token_ids, first = tokens_to_score(token_ids, num_context_tokens, first_token_id)
+    except Refused as refused:
+        return bad_row(prompt, refused.code, refused.message)
+    return TokenizedPrompt(prompt=prompt, token_ids=token_ids, first_scored=first)
 
 
 def bad_row(prompt: Prompt, code: str, message: str) -> BadRow:

@@ -23,6 +23,7 @@ from .finished import JobRecord, content_of
 from .inputs import Source
 from .journal import Journal, Kind, NotAJournal
 from .options import GenerateOptions
+from .output_columns import OutputColumns
 from .output_paths import OutputPaths, beside
 from .prompts import Prompt
 from .results import error_line
@@ -132,14 +133,15 @@ class FileOutput:
         private, errors = self._options.private, self._errors_path
         self.journal.sync()
         with io_errors(self._path), appearing(self._path, private=private) as output:
-            write_lines(output, self._path.name, self._completed, self._sources)
+            columns = self._options.columns
+            write_lines(output, self._path.name, self._completed, self._sources, columns)
             if errors is None or not self.journal.num_failed:
                 self._publish_stats(exit_code, stats, content_of(output), None)
                 if errors is not None:
                     errors.unlink(missing_ok=True)
             else:
                 with appearing(errors, private=private) as failed:
-                    write_lines(failed, errors.name, self._failed, self._sources)
+                    write_lines(failed, errors.name, self._failed, [], OutputColumns())
                     self._publish_stats(exit_code, stats, content_of(output), content_of(failed))
         self.journal.remove()
 

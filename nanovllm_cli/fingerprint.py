@@ -42,6 +42,7 @@ def fingerprint(
     settings: dict[str, Any] = {
         "model": options.model,
         "format": options.format,
+        "output_columns": ",".join(options.output_columns) or None,
         "n": options.n,
         "best_of": options.best_of,
         "stop": list(options.stop),
@@ -50,6 +51,7 @@ def fingerprint(
         "thinking_budget": options.thinking_budget,
         "seed": options.seed,
         "parse_special": options.parse_special,
+        "token_logprobs": options.token_logprobs or None,
         "device": engine.device,
         "dtype": engine.dtype,
         # Sums over ranks have other last bits.

@@ -1,4 +1,4 @@
-"""The flags that `generate` and `bench` share: what runs, and how the engine runs it."""
+"""The flags that every command with an engine has: what runs, and how the engine runs it."""
 
 from typing import Annotated
 

@@ -8,93 +8,73 @@ import typer
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.errors import UserError
 
-from . import flags, sampling_flags
+from . import flags, job_flags, sampling_flags
 from .exit_code import ExitCode
-from .lock import output_locks
+from .flag_files import read_prefix, read_template
 from .log import Log
 from .options import GenerateOptions
+from .output_columns import parse_output_columns
 from .prompt_options import PromptOptions
 from .run_job import run_job
-from .settings import load_config_file, option
+from .settings import option
 from .shard import Shard
 from .signals import Signals
+from .start_job import start_job
 from .structured_output import grammar_of_flags
 
-_OUTPUT, _PROMPTS, _SAMPLING = "Output", "Prompts", sampling_flags.SAMPLING
+_SAMPLING = sampling_flags.SAMPLING
 
 
 def generate_command(
-    inputs: list[str] = typer.Argument(
-        ...,
-        metavar="INPUT...",
-        help="JSONL or Parquet files (also .gz, .zst), globs, directories, or - for stdin.",
-    ),
-    output: str = option(
-        "-", "--output", "-o", panel=_OUTPUT, metavar="FILE",
-        help="JSONL (also .gz, .zst) or Parquet by its extension; - is stdout.",
-    ),
+    inputs: job_flags.Inputs,
+    output: job_flags.Output = "-",
     format: str = option(
-        "auto", "--format", panel=_OUTPUT, metavar="auto|openai",
+        "auto", "--format", panel=job_flags.OUTPUT, metavar="auto|openai",
         help="openai: every row as an OpenAI batch line; auto: those that came as one.",
     ),
-    errors: str | None = option(
-        None, "--errors", panel=_OUTPUT, metavar="FILE",
-        help="Failed rows; - is stderr. Default: OUTPUT.errors.jsonl, or stderr.",
-    ),
-    overwrite: bool = option(
-        False, "--overwrite", panel=_OUTPUT,
-        help="Replace OUTPUT when the job is done, whosever it is; a finished job runs again.",
-    ),
-    restart: bool = option(
-        False, "--restart", panel=_OUTPUT,
-        help="Discard what an earlier run has done, and run every row again.",
-    ),
-    retry_failed: bool = option(
-        False, "--retry-failed", panel=_OUTPUT,
-        help="Run the rows again that failed in an earlier run.",
-    ),
-    private: bool = option(
-        False, "--private", panel=_OUTPUT, help="Files that only you can read (mode 0600)."
-    ),
-    unordered: bool = option(
-        False, "--unordered", panel=_OUTPUT, help="On stdout: rows as they finish."
-    ),
+    output_columns: job_flags.OutputColumns = None,
+    errors: job_flags.Errors = None,
+    overwrite: job_flags.Overwrite = False,
+    restart: job_flags.Restart = False,
+    retry_failed: job_flags.RetryFailed = False,
+    private: job_flags.Private = False,
+    unordered: job_flags.Unordered = False,
     template: str | None = option(
-        None, "--template", "-p", panel=_PROMPTS, metavar="TEXT",
+        None, "--template", "-p", panel=job_flags.PROMPTS, metavar="TEXT",
         help="Build the prompt from columns: 'Translate: {text}'.",
     ),
+    template_file: Path | None = option(
+        None, "--template-file", panel=job_flags.PROMPTS, metavar="FILE",
+        help="The template from a file, without its last newline.",
+    ),
+    prefix_file: Path | None = option(
+        None, "--prefix-file", panel=job_flags.PROMPTS, metavar="FILE",
+        help="Examples before every prompt: a text, or, for chats, a .json file of messages.",
+    ),
     system: str | None = option(
-        None, "--system", panel=_PROMPTS, metavar="TEXT",
+        None, "--system", panel=job_flags.PROMPTS, metavar="TEXT",
         help="A system message before each chat that has none.",
     ),
     chat: bool = option(
-        False, "--chat", panel=_PROMPTS, help="Make a prompt a user message, not a raw completion."
+        False, "--chat", panel=job_flags.PROMPTS,
+        help="Make a prompt a user message, not a raw completion.",
     ),
     thinking: bool | None = option(
-        None, "--thinking/--no-thinking", panel=_PROMPTS,
+        None, "--thinking/--no-thinking", panel=job_flags.PROMPTS,
         help="Whether the model thinks before it answers; default: the template's.",
     ),
     thinking_budget: int | None = option(
-        None, "--thinking-budget", panel=_PROMPTS, metavar="TOKENS",
+        None, "--thinking-budget", panel=job_flags.PROMPTS, metavar="TOKENS",
         help="End a thought that is so long, and let the answer begin.",
     ),
     truncate_prompt_tokens: int | None = option(
-        None, "--truncate-prompt-tokens", panel=_PROMPTS, metavar="TOKENS",
+        None, "--truncate-prompt-tokens", panel=job_flags.PROMPTS, metavar="TOKENS",
         help="Keep the last so many tokens of a longer prompt.",
     ),
-    prompt_column: str = option(
-        "prompt", "--prompt-column", panel=_PROMPTS, metavar="NAME", help="Where prompts are."
-    ),
-    messages_column: str = option(
-        "messages", "--messages-column", panel=_PROMPTS, metavar="NAME", help="Where chats are."
-    ),
-    id_column: str | None = option(
-        None, "--id-column", panel=_PROMPTS, metavar="NAME", help="Default: id or custom_id."
-    ),
-    parse_special: bool = option(
-        False, "--parse-special", panel=_PROMPTS,
-        help="Let <|im_start|> and the like in raw prompts be control tokens.",
-    ),
+    prompt_column: job_flags.PromptColumn = "prompt",
+    messages_column: job_flags.MessagesColumn = "messages",
+    id_column: job_flags.IdColumn = None,
+    parse_special: job_flags.ParseSpecial = False,
     temperature: float | None = option(
         None, "--temperature", panel=_SAMPLING, help="0 is greedy. Default: the model's."
     ),
@@ -137,16 +117,10 @@ def generate_command(
     prompt_logprobs: sampling_flags.PromptLogprobs = None,
     seed: int = option(0, "--seed", panel=_SAMPLING, help="Two runs with one seed are the same."),
     model: flags.Model = GenerateOptions.model,
-    revision: str | None = option(
-        None, "--revision", panel=flags.MODEL, help="Branch, tag or commit."
-    ),
-    tokenizer: str | None = option(
-        None, "--tokenizer", panel=flags.MODEL, metavar="NAME", help="Default: the model's own."
-    ),
+    revision: job_flags.Revision = None,
+    tokenizer: job_flags.Tokenizer = None,
     dtype: flags.DType = flags.DEFAULTS.dtype,
-    offline: bool = option(
-        False, "--offline", panel=flags.MODEL, help="Never ask the hub; as HF_HUB_OFFLINE=1."
-    ),
+    offline: job_flags.Offline = False,
     max_model_len: flags.MaxModelLen = None,
     device: flags.Device = flags.DEFAULTS.device,
     tensor_parallel_size: flags.TensorParallelSize = flags.DEFAULTS.tensor_parallel_size,
@@ -157,62 +131,22 @@ def generate_command(
     enforce_eager: flags.EnforceEager = False,
     block_size: flags.BlockSize = flags.DEFAULTS.block_size,
     attention_backend: flags.AttentionBackend = flags.DEFAULTS.attention_backend,
-    kv_cache_memory: float | None = option(
-        None, "--kv-cache-memory", panel=flags.ENGINE, metavar="GIB",
-        help="Default: what the job needs.",
-    ),
+    kv_cache_memory: job_flags.KvCacheMemory = None,
     no_prefix_caching: flags.NoPrefixCaching = False,
-    max_inflight: int | None = option(
-        None, "--max-inflight", panel=flags.ENGINE, metavar="ROWS",
-        help="Rows read ahead of the output; default: 4 x max-num-seqs for each engine, or 4096.",
-    ),
-    limit: int | None = option(
-        None, "--limit", panel=flags.RUN, metavar="ROWS", min=1, help="Only the first rows."
-    ),
-    dry_run: bool = option(
-        False, "--dry-run", panel=flags.RUN,
-        help="Read and tokenize everything, report, and generate nothing.",
-    ),
-    allow_errors: bool = option(
-        False, "--allow-errors", panel=flags.RUN, help="Exit 0 though some rows failed."
-    ),
-    max_error_rate: float | None = option(
-        None, "--max-error-rate", panel=flags.RUN, metavar="0..1",
-        help="Stop where, of 100 rows or more, a larger share failed.",
-    ),
-    shard: str = option(
-        "1/1", "--shard", panel=flags.RUN, metavar="i/N",
-        help="Every N-th row from the i-th on; `nanovllm merge` puts 1/N to N/N together.",
-    ),
-    wait_lock: float = option(
-        0.0, "--wait-lock", panel=flags.RUN, metavar="SECONDS",
-        help="Wait so long for another run that writes OUTPUT.",
-    ),
-    timeout: float | None = option(
-        None, "--timeout", panel=flags.RUN, metavar="SECONDS",
-        help="End after so long with what is done kept, exit code 75; the same line goes on.",
-    ),
-    quiet: bool = option(
-        False, "--quiet", "-q", panel=flags.RUN, help="Silent unless something fails."
-    ),
-    log_format: str = option(
-        "text", "--log-format", panel=flags.RUN, metavar="text|json",
-        help="Of stderr; json: one object a line.",
-    ),
-    metrics_file: str | None = option(
-        None, "--metrics-file", panel=flags.RUN, metavar="FILE",
-        help="Keep the totals here, in Prometheus' text format.",
-    ),
-    single_process: bool = option(
-        False, "--single-process", panel=flags.RUN,
-        help="The engine in this process, for debugging: its death is the job's.",
-    ),
+    max_inflight: job_flags.MaxInflight = None,
+    limit: job_flags.Limit = None,
+    dry_run: job_flags.DryRun = False,
+    allow_errors: job_flags.AllowErrors = False,
+    max_error_rate: job_flags.MaxErrorRate = None,
+    shard: job_flags.Shard = "1/1",
+    wait_lock: job_flags.WaitLock = 0.0,
+    timeout: job_flags.Timeout = None,
+    quiet: job_flags.Quiet = False,
+    log_format: job_flags.LogFormat = "text",
+    metrics_file: job_flags.MetricsFile = None,
+    single_process: job_flags.SingleProcess = False,
     debug: flags.Debug = False,
-    config: Path | None = typer.Option(
-        None, "--config", rich_help_panel=flags.RUN, metavar="FILE", envvar="NANOVLLM_CONFIG",
-        is_eager=True, callback=load_config_file, show_envvar=False,
-        help="A TOML file with any of these flags; flags and NANOVLLM_... come first.",
-    ),
+    config: job_flags.Config = None,
 ) -> None:  # fmt: skip
     """Complete every row of INPUT.
 
@@ -226,8 +160,8 @@ def generate_command(
     signals = Signals()
 
     def job() -> ExitCode:
-        if kv_cache_memory is not None and not 0 < kv_cache_memory < float("inf"):
-            raise UserError(f"--kv-cache-memory is {kv_cache_memory}; it must be above 0")
+        if template is not None and template_file is not None:
+            raise UserError("--template and --template-file are both given", "Leave out one.")
         chosen = {
             "temperature": temperature,
             "top_p": top_p,
@@ -257,6 +191,7 @@ def generate_command(
             inputs=inputs,
             output=output,
             format=format,
+            output_columns=parse_output_columns(output_columns),
             errors=errors,
             model=model,
             revision=revision,
@@ -273,13 +208,14 @@ def generate_command(
                 gpu_memory_utilization=gpu_memory_utilization,
                 enforce_eager=enforce_eager,
                 attention_backend=attention_backend,  # type: ignore[arg-type]  # likewise
-                kv_cache_bytes=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
+                kv_cache_bytes=job_flags.kv_cache_bytes(kv_cache_memory),
                 enable_prefix_caching=not no_prefix_caching,
             ),
             prompt=PromptOptions(
                 chat=chat,
-                template=template,
+                template=template if template_file is None else read_template(template_file),
                 system=system,
+                prefix=None if prefix_file is None else read_prefix(prefix_file),
                 enable_thinking=thinking,
                 prompt_column=prompt_column,
                 messages_column=messages_column,
@@ -311,32 +247,6 @@ def generate_command(
             log_format=log_format,
             metrics_file=metrics_file,
         )
-        if timeout is not None:
-            signals.end_after(timeout)
-        if dry_run:
-            from .dry_run import dry_run as run
-
-            return run(options)
-        with output_locks(options):
-            if single_process:
-                if data_parallel_size > 1:
-                    raise UserError(
-                        f"--data-parallel-size is {data_parallel_size}, with --single-process",
-                        "Leave out one of them: each engine needs a process.",
-                    )
-                from .pipeline import generate
-
-                return generate(options, signals=signals)
-            from nanovllm_cli.core.device_shares import start_children  # imports numpy
-
-            # They import torch while this process imports what it needs.
-            children = start_children(data_parallel_size, tensor_parallel_size)
-            try:
-                from .pipeline import generate_supervised
-
-                return generate_supervised(options, children, signals)
-            finally:
-                for child in children:
-                    child.kill()  # nothing is left to kill where the job has closed it
+        return start_job(options, signals, dry_run=dry_run, single_process=single_process)
 
     raise typer.Exit(run_job(job, debug=debug, log=Log(log_format), signals=signals))

@@ -6,7 +6,7 @@ from typing import Any
 from nanovllm_cli.core.engine import Engine
 from nanovllm_cli.core.engine_process import EngineProcess
 from nanovllm_cli.core.engine_replicas import EngineReplicas
-from nanovllm_cli.core.request import Failure, NewTokens, Output
+from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output
 
 from .feeder import Feeder, TokenizedPrompt, bad_row
 from .options import GenerateOptions
@@ -16,6 +16,7 @@ from .refusal import Refused
 from .row_plan import RowPlanner, row_and_sample
 from .rows import BadRow
 from .running_row import RunningRow
+from .score import score_line
 from .signals import DRAIN_SECONDS, Signals, Stopped
 from .tokenizer import PromptTokenizer
 from .totals import Totals
@@ -39,6 +40,7 @@ class Job:
         signals: Signals,
     ) -> None:
         self._options = options
+        self._columns = options.columns
         self._planner = RowPlanner(options, sampling, tokenizer)
         self._engine = engine
         self._tokenizer = tokenizer
@@ -118,7 +120,7 @@ class Job:
     def _start(self, fed: TokenizedPrompt) -> None:
         prompt = fed.prompt
         try:
-            plan = self._planner.plan(prompt, fed.token_ids)
+            plan = self._planner.plan(prompt, fed.token_ids, fed.first_scored)
         except Refused as refused:
             self._fail(bad_row(prompt, refused.code, refused.message))
             return
@@ -137,6 +139,12 @@ class Job:
         if isinstance(output, Failure):
             self._fail(bad_row(row.plan.prompt, output.code, output.message))
             return
+        if row.plan.prompt.is_scored:
+            assert isinstance(output, Completion), "a score has no stop strings"
+            has_tokens = self._options.token_logprobs
+            line = score_line(row.plan, output, self._columns, has_token_logprobs=has_tokens)
+            self._write(index, line)
+            return
         finished = row.take(sample, output)
         if finished is None:
             return
@@ -144,10 +152,14 @@ class Job:
             self._engine.abort(output.request_id)
         self._totals.finish_reasons[finished.finish_reason] += 1
         if row.is_done:
-            del self._running[index]
-            self._totals.num_completed_rows += 1
-            line = row.line(format=self._options.format, model=self._options.model)
-            self._output.write(index, line)
+            options, columns = self._options, self._columns
+            line = row.line(format=options.format, model=options.model, columns=columns)
+            self._write(index, line)
+
+    def _write(self, index: int, line: bytes) -> None:
+        del self._running[index]
+        self._totals.num_completed_rows += 1
+        self._output.write(index, line)
 
     def _fail(self, row: BadRow) -> None:
         running = self._running.pop(row.index, None)

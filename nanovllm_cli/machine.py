@@ -36,11 +36,11 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def gpu_counters(device: str) -> Nvml | None:
-    """The counters of the GPU that `device` means; None for a CPU."""
+def gpu_counters(device: str, num_gpus: int = 1) -> Nvml | None:
+    """The counters of so many GPUs, the first that torch sees; None for a CPU."""
     if device != "cuda":
         return None
-    return Nvml(str(torch.cuda.get_device_properties().uuid))
+    return Nvml(*(str(torch.cuda.get_device_properties(i).uuid) for i in range(num_gpus)))
 
 
 def software(counters: Nvml | None) -> dict[str, str | None]:

@@ -20,6 +20,7 @@ from .exit_code import CommandError, ExitCode
 from .files import appearing, io_errors
 from .fingerprint import differences
 from .inputs import Source, find_inputs
+from .output_columns import RESULT_COLUMNS, SCORE_COLUMNS, OutputColumns
 from .output_paths import beside
 from .resume import check_finished
 from .rows import read_rows
@@ -55,6 +56,7 @@ def merge(options: MergeOptions) -> ExitCode:
     named = [path for path in map(Path, dict.fromkeys(options.shards)) if path not in besides]
     shards = _in_order([ShardFile.open(path) for path in named])
     sources = _sources(shards) if output.suffix == ".parquet" else []
+    columns = _columns(shards[0])
     num_failed = sum(len(file.record.failed_rows) for file in shards)
     are_wrong = num_failed > 0 and not options.allow_errors
     exit_code = ExitCode.SOME_ROWS_FAILED if are_wrong else ExitCode.OK
@@ -67,10 +69,10 @@ def merge(options: MergeOptions) -> ExitCode:
 
     private = options.private
     with io_errors(output), appearing(output, private=private) as rows:
-        write_lines(rows, output.name, completed, sources)
+        write_lines(rows, output.name, completed, sources, columns)
         if num_failed:
             with appearing(errors, private=private) as failures:
-                write_lines(failures, errors.name, failed, sources)
+                write_lines(failures, errors.name, failed, [], OutputColumns())
         else:
             errors.unlink(missing_ok=True)
         with appearing(beside(output, "stats.json"), private=private) as stats:
@@ -140,6 +142,11 @@ def _merged(
             yield row, next(lines[at])
 
 
+def _columns(shard: ShardFile) -> OutputColumns:
+    results = SCORE_COLUMNS if shard.stats["command"] == "score" else RESULT_COLUMNS
+    return OutputColumns(results=results, chosen=tuple(shard.stats["output_columns"]))
+
+
 def _sources(shards: list[ShardFile]) -> list[Source]:
     """The inputs, from which Parquet takes its types; raises CommandError if they changed."""
     sources = find_inputs(shards[0].stats["inputs"])
@@ -163,9 +170,11 @@ def _stats(shards: list[ShardFile], exit_code: ExitCode) -> dict[str, Any]:
     tokens = {name: total("tokens", name) for name in ("prompt", "cached", "completion")}
     return {
         "nanovllm_version": __version__,
+        "command": first.stats["command"],
         "model": first.stats["model"],
         "seed": first.stats["seed"],
         "inputs": first.stats["inputs"],
+        "output_columns": first.stats["output_columns"],
         "exit_code": int(exit_code),
         "rows": {
             **{name: total("rows", name) for name in ("done", "completed", "failed")},

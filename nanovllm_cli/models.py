@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,17 @@ SHORT_NAMES = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", 
 _FILES = ["*.safetensors", "*.json", "*.jinja"]
 
 
-def resolve_model(name: str, revision: str | None = None, *, offline: bool = False) -> Path:
+def resolve_model(
+    name: str,
+    revision: str | None = None,
+    *,
+    offline: bool = False,
+    shows_progress: bool = False,
+) -> Path:
     """The directory of a checkpoint: `name` is a directory, `org/name[@revision]` or a short name.
 
-    Raises CommandError NOT_FOUND with what was tried.
+    shows_progress: of a download, with bars, where stderr is a terminal. Raises CommandError
+    NOT_FOUND with what was tried.
     """
     directory = Path(name).expanduser()
     if directory.is_dir():
@@ -35,8 +43,11 @@ def resolve_model(name: str, revision: str | None = None, *, offline: bool = Fal
     # Late: the hub client takes longer to import than all the checks before it.
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     offline = offline or constants.HF_HUB_OFFLINE
+    if not (shows_progress and sys.stderr.isatty()):
+        disable_progress_bars()
     try:
         return Path(
             snapshot_download(

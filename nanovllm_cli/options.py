@@ -1,4 +1,4 @@
-"""GenerateOptions: everything `nanovllm generate` can be told, with every default."""
+"""GenerateOptions: everything a job of `generate` or `score` can be told, with every default."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +8,7 @@ from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.sampling_params import MAX_BAD_WORDS, SamplingParams
 
 from .log import FORMATS
+from .output_columns import RESULT_COLUMNS, SCORE_COLUMNS, OutputColumns
 from .prompt_options import PromptOptions
 from .setting_values import MAX_SAMPLES, is_bad_words
 from .shard import Shard
@@ -23,6 +24,7 @@ class GenerateOptions:
     inputs: list[str]
     output: str = "-"
     format: str = "auto"  # "openai": every row in OpenAI's shape; "auto": OpenAI's lines only
+    output_columns: tuple[str, ...] = ()  # (): the input's and the results
     errors: str | None = None  # None: beside the output
     model: str = DEFAULT_MODEL
     revision: str | None = None
@@ -39,6 +41,7 @@ class GenerateOptions:
     thinking_budget: int | None = None  # tokens; of rows that think
     seed: int = 0
     parse_special: bool = False
+    token_logprobs: bool = False  # of a score: a column with each token's
     unordered: bool = False
     overwrite: bool = False
     restart: bool = False  # from the first row, whatever an earlier run has left
@@ -121,10 +124,18 @@ class GenerateOptions:
         ):
             if not is_good:
                 raise UserError(f"--{name} is {value}; it must be {limit}")
+        if self.output_columns and self.format == "openai":
+            raise UserError("--output-columns are not of --format openai", "Leave out one of them.")
         try:
             SamplingParams(**self.sampling)
         except ValueError as error:
             raise UserError(f"--{error}".replace("_", "-")) from None
+
+    @property
+    def columns(self) -> OutputColumns:
+        """What a row of the output holds."""
+        results = SCORE_COLUMNS if self.prompt.is_score else RESULT_COLUMNS
+        return OutputColumns(results=results, chosen=self.output_columns)
 
     @property
     def rows_in_flight(self) -> int:

@@ -17,6 +17,7 @@ from .finished import JobRecord
 from .inputs import Source
 from .journal import Journal, Kind
 from .options import GenerateOptions
+from .output_columns import OutputColumns
 from .output_paths import OutputPaths, beside
 from .prompts import Prompt
 from .results import error_line
@@ -104,7 +105,7 @@ class StreamOutput:
             with io_errors(path):
                 if self._errors.num_failed:
                     with appearing(path, private=self._private) as temporary:
-                        write_lines(temporary, path.name, self._failed, [])
+                        write_lines(temporary, path.name, self._failed, [], OutputColumns())
                     self._errors.remove()
                 else:
                     path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .inputs import Source
-from .results import RESULT_COLUMNS
+from .output_columns import OutputColumns
 
 _ROWS_AT_ONCE = 1024
 _MAX_DEPTH = 32  # levels of a value; a list makes two of the 100 that readers of Parquet take
@@ -36,44 +36,50 @@ _RESULT_TYPES = {
     "completions": pa.list_(pa.struct(_SAMPLE_TYPES)),
     "prompt_logprobs": _LOGPROBS,
     "usage": pa.struct({"prompt_tokens": pa.int64(), "completion_tokens": pa.int64()}),
+    "logprob": pa.float64(),
+    "num_scored_tokens": pa.int64(),
+    "perplexity": pa.float64(),
+    "is_greedy": pa.bool_(),
+    "token_logprobs": pa.list_(pa.float32()),
 }
 _MAX_FIELDS = 500  # of a struct; what has more is written as JSON text
 Lines = Callable[[], Iterator[tuple[int, bytes]]]  # (row number, line), the same each time
 
 
-def write_parquet(path: Path, lines: Lines, sources: list[Source]) -> None:
+def write_parquet(path: Path, lines: Lines, sources: list[Source], columns: OutputColumns) -> None:
     """Write the rows of `lines`, (row index, JSON line) in input order; read two or three times."""
-    inputs = _InputColumns(sources)
-    schema = _schema(lines, inputs.schema)
+    inputs = _InputColumns(sources, columns)
+    schema = _schema(lines, inputs.schema, columns)
     are_known = bool(inputs.schema) and schema is not None
     if schema is None:
-        schema = _schema(lines, None)
+        schema = _schema(lines, None, columns)
         assert schema is not None, "only columns of the inputs can be missing"
     with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
         for chunk in _chunks(lines):
             rows = [orjson.loads(line) for _, line in chunk]
             known = inputs.take([index for index, _ in chunk]) if are_known else None
-            columns = [
+            arrays = [
                 known.column(field.name)
                 if known is not None and field.name in known.column_names
                 else _array([row.get(field.name) for row in rows], field.type)
                 for field in schema
             ]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
 class _InputColumns:
     """The columns of Parquet inputs, read again row by row index; schema None for other inputs."""
 
-    def __init__(self, sources: list[Source]) -> None:
+    def __init__(self, sources: list[Source], columns: OutputColumns) -> None:
         # A pipe was read and is gone; opened again it would wait for another writer.
         self._files = [s.path for s in sources if s.path is not None and not s.is_stream]
         self.schema: pa.Schema | None = None
-        if len(self._files) == len(sources):
+        if sources and len(self._files) == len(sources):
             schemas = [_parquet_schema(file) for file in self._files]
             if schemas[0] is not None and all(schema == schemas[0] for schema in schemas):
-                kept = [field for field in schemas[0] if field.name not in RESULT_COLUMNS]
-                self.schema = pa.schema(kept)
+                given = [f for f in schemas[0] if f.name not in columns.results]
+                is_chosen = columns.chosen or schemas[0].names
+                self.schema = pa.schema([f for f in given if f.name in is_chosen])
         self._batches = self._read()
         self._first = 0
         self._batch: Any = None
@@ -106,8 +112,8 @@ def _parquet_schema(file: Path) -> pa.Schema | None:
         return pq.read_schema(file).remove_metadata() if opened.read(4) == b"PAR1" else None
 
 
-def _schema(lines: Lines, inputs: pa.Schema | None) -> pa.Schema | None:
-    """The columns over all rows, in the order they first come, the results last.
+def _schema(lines: Lines, inputs: pa.Schema | None, columns: OutputColumns) -> pa.Schema | None:
+    """The columns over all rows: those chosen, or in the order they first come, the results last.
 
     None where a line is without a column of the inputs, as OpenAI's lines are.
     """
@@ -117,7 +123,7 @@ def _schema(lines: Lines, inputs: pa.Schema | None) -> pa.Schema | None:
         if inputs is not None and any(name not in row for row in rows for name in inputs.names):
             return None
         for name in dict.fromkeys(key for row in rows for key in row):
-            if name in _RESULT_TYPES:
+            if name in columns.results:
                 types.setdefault(name, _RESULT_TYPES[name])
             elif inputs is None:
                 found = _type_of([row.get(name) for row in rows])
@@ -125,7 +131,11 @@ def _schema(lines: Lines, inputs: pa.Schema | None) -> pa.Schema | None:
                 types[name] = pa.string() if _is_wide(found) else found
     if inputs is None:
         types = {n: pa.string() if _cannot_be_kept(t) else t for n, t in types.items()}
-    results = [name for name in RESULT_COLUMNS if name in types]
+    if columns.chosen:  # one that no row has is there too, and empty
+        return pa.schema(
+            [(name, types.get(name, _RESULT_TYPES.get(name, pa.null()))) for name in columns.chosen]
+        )
+    results = [name for name in columns.results if name in types]
     names = [name for name in types if name not in results] + results
     return pa.schema([(name, types[name]) for name in names])
 

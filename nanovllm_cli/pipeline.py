@@ -34,6 +34,7 @@ from .models import default_sampling, resolve_model
 from .options import GenerateOptions
 from .output import JobOutput, open_output
 from .output_paths import OutputPaths
+from .placement import parallel_notes
 from .progress import Progress
 from .rows import BadRow, Row, check_inputs, read_rows
 from .signals import Signals, Stopped
@@ -66,7 +67,7 @@ def generate(
 
     Raises UserError for what ends it as a whole, and Stopped.
     """
-    totals, signals = Totals(), signals or Signals()
+    totals, signals = Totals(is_score=options.prompt.is_score), signals or Signals()
     progress = Progress(
         totals,
         Log(options.log_format),
@@ -88,8 +89,14 @@ def _generate(
     with totals.phase("check"):
         sources = find_inputs(options.inputs)
         num_rows = check_inputs(sources, limit=options.limit)
-        rows = try_first_rows(read_rows(sources, limit=options.limit), options.prompt)
-        model = resolve_model(options.model, options.revision, offline=options.offline)
+        rows = read_rows(sources, limit=options.limit)
+        rows = try_first_rows(rows, options.prompt, options.columns)
+        model = resolve_model(
+            options.model,
+            options.revision,
+            offline=options.offline,
+            shows_progress=not options.quiet and options.log_format == "text",
+        )
         sampling = default_sampling(model) | options.sampling
         settings = fingerprint(
             options, model=model, tokenizer=_tokenizer_path(options, model), sampling=sampling
@@ -140,6 +147,8 @@ def _run(
     """Load the model and run what is missing in the output."""
     feeder = engine = None
     progress.say("start", f"{totals.counts()}; loading {options.model}")
+    for note in parallel_notes(options.engine, options.data_parallel_size, model):
+        progress.say("note", note)
     try:
         with totals.phase("load"):
             path = os.fspath(_tokenizer_path(options, model).absolute())
@@ -233,9 +242,11 @@ def _exit_code(options: GenerateOptions, num_failed_rows: int) -> ExitCode:
 def _stats(options: GenerateOptions, totals: Totals, exit_code: ExitCode) -> dict[str, Any]:
     return {
         "nanovllm_version": __version__,
+        "command": "score" if options.prompt.is_score else "generate",
         "model": as_text(options.model),
         "seed": options.seed,
         "inputs": [as_text(name) for name in options.inputs],
+        "output_columns": [as_text(name) for name in options.output_columns],
         "exit_code": int(exit_code),
         **totals.as_dict(),
     }

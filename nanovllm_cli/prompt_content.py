@@ -52,6 +52,21 @@ def from_token_ids(value: Any, place: str) -> Content:
     return Content(token_ids=value)
 
 
+def with_prefix(content: Content, prefix: str | Messages | None) -> Content:
+    """`content` after what all rows begin with: text before text, messages after a system's."""
+    if prefix is None:
+        return content
+    text, messages, _ = content
+    if isinstance(prefix, str) and text is not None:
+        return Content(text=prefix + text)
+    if isinstance(prefix, list) and messages is not None:
+        at = 1 if messages[0]["role"] == "system" else 0
+        return Content(messages=[*messages[:at], *prefix, *messages[at:]])
+    held = "text" if isinstance(prefix, str) else "messages"
+    given = "messages" if messages is not None else "text" if text is not None else "token ids"
+    raise Refused("bad_prompt", f"--prefix-file holds {held}, and cannot go before {given}")
+
+
 def _message(value: Any, list_place: str, at: int) -> dict[str, Any]:
     if type(value) is dict and len(value) == 2:  # almost every message, in a fifth of the time
         role, content = value.get("role"), value.get("content")

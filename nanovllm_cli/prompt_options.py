@@ -5,6 +5,8 @@ from functools import cached_property
 from string import Formatter
 
 from .exit_code import CommandError
+from .prompt_content import Messages
+from .refusal import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +19,12 @@ class PromptOptions:
     chat: bool = False  # a prompt is a user message
     template: str | None = None  # "Translate: {text}": columns are its fields
     system: str | None = None  # for messages that have no system message; makes prompts messages
+    prefix: str | Messages | None = None  # before every text, or every chat; the latter as `system`
     enable_thinking: bool | None = None  # None: what the chat template does by itself
     prompt_column: str = "prompt"
     messages_column: str = "messages"
     id_column: str | None = None  # None: `id`, else `custom_id`, if there is one
+    pair_columns: tuple[str, str] | None = None  # context, continuation; rows are then scored
 
     def __post_init__(self) -> None:
         for flag, text in (("template", self.template), ("system", self.system)):
@@ -29,6 +33,27 @@ class PromptOptions:
             except UnicodeEncodeError:
                 raise CommandError(f"--{flag} is no valid Unicode text") from None
         _ = self.template_parts
+        if isinstance(self.prefix, str) and self.makes_chats:
+            flag = "--chat" if self.chat else "--system"
+            raise CommandError(
+                f"--prefix-file is text, and {flag} makes chats of prompts",
+                "Give the prefix as messages, in a file that ends in .json.",
+            )
+        if self.pair_columns is not None and len(set(self.pair_columns)) == 1:
+            raise CommandError(
+                f"--context-column and --continuation-column are both {self.pair_columns[0]!r}",
+                "Name the columns of two texts.",
+            )
+
+    @property
+    def is_score(self) -> bool:
+        """Whether rows are scored as they stand, and not completed."""
+        return self.pair_columns is not None
+
+    @property
+    def makes_chats(self) -> bool:
+        """Whether a prompt is a user message, and not completed as it stands."""
+        return self.chat or self.system is not None or isinstance(self.prefix, list)
 
     @cached_property
     def template_parts(self) -> list[tuple[str, str | None]]:
@@ -37,11 +62,13 @@ class PromptOptions:
         try:
             parts = list(Formatter().parse(self.template or ""))
         except ValueError as error:
-            raise CommandError(f"template {self.template!r}: {error}", hint) from None
+            raise CommandError(f"template {shown(self.template)}: {error}", hint) from None
         for _, name, spec, conversion in parts:
             is_column = name and not name.isdigit() and "." not in name and "[" not in name
             if name is not None and (not is_column or spec or conversion):
-                raise CommandError(f"template {self.template!r} has other fields than names", hint)
+                raise CommandError(
+                    f"template {shown(self.template)} has other fields than names", hint
+                )
         return [(text, name) for text, name, _, _ in parts]
 
     @cached_property
@@ -52,5 +79,7 @@ class PromptOptions:
             "--messages-column": self.messages_column,
             "--id-column": self.id_column,
         }
+        if self.pair_columns is not None:
+            flags["--context-column"], flags["--continuation-column"] = self.pair_columns
         named = {name: flag for flag, name in flags.items() if name is not None}
         return named | {name: "--template" for _, name in self.template_parts if name is not None}

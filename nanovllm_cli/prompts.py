@@ -10,12 +10,14 @@ from typing import Any
 
 import orjson
 
+from .dataset_chat import from_dataset
 from .openai_line import Endpoint, is_openai_line, parse_openai_line
-from .prompt_content import Content, Messages, from_messages, from_text, from_token_ids
+from .prompt_content import Content, Messages, from_messages, from_text, from_token_ids, with_prefix
 from .prompt_options import PromptOptions
 from .refusal import Refused, checked_text, shown
 from .row_settings import RowSettings, settings_of
 from .rows import BadRow, Row
+from .score_prompt import pair_of
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen, which takes thrice the time, for every row
@@ -31,6 +33,8 @@ class Prompt:
     enable_thinking: bool | None
     endpoint: Endpoint | None  # of an OpenAI batch line
     model: str | None  # what an OpenAI batch line asks for
+    is_scored: bool = False  # and not completed
+    context: str | None = None  # of a pair, which is in `text`: its part that is not scored
 
     @property
     def sampling(self) -> Mapping[str, Any]:
@@ -62,22 +66,27 @@ class Prompt:
 def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
     """The prompt of a row, whose kind is seen from its columns.
 
-    `options.chat` and `options.system` leave token ids and OpenAI's completions as they are.
+    What makes chats of prompts leaves token ids and OpenAI's completions as they are.
     """
     columns = row.columns
     row_id: str | int | None = None
     endpoint: Endpoint | None = None
     model: str | None = None
+    context: str | None = None
     is_openai = is_openai_line(columns)
     try:
-        if is_openai:
+        if options.is_score:
+            row_id = _id_of(columns, options)
+            content, context = _scored_content_of(row, options)
+            settings = RowSettings()
+        elif is_openai:
             row_id = checked_text("custom_id", columns["custom_id"], "bad_openai_line")
             endpoint, model, content, settings = parse_openai_line(columns, options.system)
         else:
             row_id = _id_of(columns, options)
             settings = settings_of(columns, options.named_columns)
-            content = _content_of(columns, options)
-        text, messages, token_ids = content
+            content = _content_of(row, options)
+        text, messages, token_ids = with_prefix(content, options.prefix)
         enable_thinking = settings.enable_thinking
         if messages is None and settings.for_chats is not None:
             raise Refused("bad_parameters", f"{settings.for_chats} needs messages, not a prompt")
@@ -95,6 +104,8 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
         enable_thinking=enable_thinking,
         endpoint=endpoint,
         model=model,
+        is_scored=options.is_score,
+        context=context,
     )
 
 
@@ -113,7 +124,18 @@ def _id_of(columns: Mapping[str, Any], options: PromptOptions) -> str | int | No
     raise Refused("bad_id", f"the id is {shown(value)}; it must be {limit}")
 
 
-def _content_of(columns: Mapping[str, Any], options: PromptOptions) -> Content:
+def _scored_content_of(row: Row, options: PromptOptions) -> tuple[Content, str | None]:
+    """What is scored has no settings: all other columns are data."""
+    if is_openai_line(row.columns):
+        raise Refused("bad_openai_line", "an OpenAI batch line is completed, and never scored")
+    pair = pair_of(row.columns, options)
+    if pair is None:
+        return _content_of(row, options), None
+    return Content(text=pair.text), pair.context
+
+
+def _content_of(row: Row, options: PromptOptions) -> Content:
+    columns = row.columns
     if options.template is not None:
         return _from_prompt(_fill_template(columns, options), "the prompt", options)
     text = columns.get(options.prompt_column)
@@ -122,11 +144,15 @@ def _content_of(columns: Mapping[str, Any], options: PromptOptions) -> Content:
     num_found = (text is not None) + (messages is not None) + (token_ids is not None)
     if num_found != 1:
         names = f"{options.prompt_column}, {options.messages_column} and prompt_token_ids"
+        if options.pair_columns is not None:
+            names = f"{options.pair_columns[1]}, {names}"
         if num_found > 1:
             raise Refused("bad_prompt", f"the row has more than one of {names}")
         raise Refused("no_prompt", f"the row has none of {names}, but {shown([*columns])}")
     if messages is not None:
-        return from_messages(messages, options.messages_column, options.system)
+        place = options.messages_column
+        chat = from_dataset(messages, place, is_parquet=row.raw is None)
+        return from_messages(chat, place, options.system)
     if token_ids is not None:
         return from_token_ids(token_ids, "prompt_token_ids")
     return _from_prompt(text, options.prompt_column, options)
@@ -134,7 +160,7 @@ def _content_of(columns: Mapping[str, Any], options: PromptOptions) -> Content:
 
 def _from_prompt(value: Any, place: str, options: PromptOptions) -> Content:
     content = from_text(value, place)
-    if options.chat or options.system is not None:
+    if options.makes_chats:
         return from_messages([{"role": "user", "content": value}], place, options.system)
     return content
 

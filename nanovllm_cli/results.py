@@ -14,18 +14,15 @@ import orjson
 
 from .files import as_text
 from .openai_result import openai_error, openai_result
+from .output_columns import OutputColumns
 from .prompts import Prompt
 from .row_key import content_id
-from .rows import BadRow
+from .rows import BadRow, Row
 from .samples import Sample
 from .scored_tokens import ScoredTokens, as_columns
 from .tool_calls import shaped_calls
 
 Shape = Literal["columns", "openai"]
-RESULT_COLUMNS = (
-    *("completion", "completions", "reasoning", "tool_calls", "finish_reason", "logprobs"),
-    *("prompt_logprobs", "usage"),
-)
 _STRUCTURE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]')  # of JSON
 
 
@@ -38,6 +35,7 @@ def result_line(
     model: str,
     num_completion_tokens: int | None = None,
     prompt_logprobs: ScoredTokens | None = None,
+    columns: OutputColumns = OutputColumns(),
 ) -> bytes:
     """The output row as one line of JSON, without its newline.
 
@@ -58,7 +56,7 @@ def result_line(
     if prompt_logprobs is not None:
         result["prompt_logprobs"] = as_columns(prompt_logprobs)
     result["usage"] = usage
-    return _join(prompt, result)
+    return joined(prompt.row, result, columns)
 
 
 def error_line(row: BadRow, *, format: str = "auto") -> bytes:
@@ -81,24 +79,30 @@ def _columns(prompt: Prompt, sample: Sample, at: int) -> dict[str, Any]:
     return columns
 
 
-def _join(prompt: Prompt, result: dict[str, Any]) -> bytes:
-    """The row's columns as they stand, then the result's; a column of a result's name gives way."""
-    row = prompt.row
+def joined(row: Row, result: dict[str, Any], columns: OutputColumns) -> bytes:
+    """The row's columns as they stand, then the result's; or those of them that are chosen."""
     if row.raw is None:
-        columns = {k: v for k, v in row.columns.items() if k not in RESULT_COLUMNS}
-        return orjson.dumps({**columns, **result}, default=_to_json)
+        given = {name: v for name, v in row.columns.items() if name not in columns.results}
+        whole = {**given, **result}
+        chosen = [name for name in columns.chosen or whole if name in whole]
+        return orjson.dumps({name: whole[name] for name in chosen}, default=_to_json)
     # Not parsed and written again: numbers and escapes stay as they were given.
-    members = row.raw.strip()[1:-1].rstrip()
-    if any(name in row.columns for name in RESULT_COLUMNS):
-        members = b",".join(_members(members, without=RESULT_COLUMNS))
+    content = row.raw.strip()[1:-1].rstrip()
+    if columns.chosen:
+        members = {n: m.strip() for n, m in _members(content) if n not in columns.results}
+        members |= {n: orjson.dumps({n: value})[1:-1] for n, value in result.items()}
+        return b"{" + b",".join(members[n] for n in columns.chosen if n in members) + b"}"
+    if any(name in row.columns for name in columns.results):
+        kept = (member for name, member in _members(content) if name not in columns.results)
+        content = b",".join(kept)
     fields = orjson.dumps(result)
-    return b"{" + members + b"," + fields[1:] if members else fields
+    return b"{" + content + b"," + fields[1:] if content else fields
 
 
-def _members(content: bytes, *, without: tuple[str, ...]) -> Iterator[bytes]:
-    """The members of a JSON object that is known to be valid, as they are written."""
+def _members(content: bytes) -> Iterator[tuple[str, bytes]]:
+    """The members of a JSON object that is known to be valid: (name, as it is written)."""
     depth = start = 0
-    for match in _STRUCTURE.finditer(content + b","):
+    for match in _STRUCTURE.finditer(content + b"," if content else b""):
         if match[0] in b"[{":
             depth += 1
         elif match[0] in b"]}":
@@ -107,8 +111,7 @@ def _members(content: bytes, *, without: tuple[str, ...]) -> Iterator[bytes]:
             member = content[start : match.start()]
             key = _STRUCTURE.search(member)
             assert key is not None, "a member begins with its name"
-            if orjson.loads(key[0]) not in without:
-                yield member
+            yield orjson.loads(key[0]), member
             start = match.end()
 
 

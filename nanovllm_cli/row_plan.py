@@ -50,10 +50,20 @@ class RowPlanner:
             except ValueError as error:
                 raise UserError(f"--bad-word: {error}") from None
 
-    def plan(self, prompt: Prompt, token_ids: list[int]) -> RowPlan:
-        """The row of `prompt`; raises Refused for settings that do not go together."""
+    def plan(
+        self, prompt: Prompt, token_ids: list[int], first_scored: int | None = None
+    ) -> RowPlan:
+        """The row of `prompt`; raises Refused for settings that do not go together.
+
+        first_scored: the position of the first token to score; None: there is none.
+        """
         options, settings = self._options, prompt.settings
+        if options.output_columns and prompt.endpoint is not None:
+            message = "--output-columns cannot choose from an OpenAI batch line"
+            raise Refused("bad_openai_line", message)
         fields = {**self._sampling, **settings.sampling}
+        if first_scored is not None:
+            fields["prompt_logprobs_start"] = first_scored
         length = settings.truncate_prompt_tokens or options.truncate_prompt_tokens
         if length is not None:
             token_ids = token_ids[-length:]

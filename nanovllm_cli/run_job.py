@@ -4,7 +4,14 @@ import signal
 import traceback
 from collections.abc import Callable
 
-from nanovllm_cli.core.errors import EngineDied, GpuFailed, MemoryTooSmall, ModelError, UserError
+from nanovllm_cli.core.errors import (
+    EngineDied,
+    GpuFailed,
+    MemoryTooSmall,
+    ModelError,
+    NotConnected,
+    UserError,
+)
 
 from .exit_code import CommandError, ExitCode
 from .log import Log
@@ -66,7 +73,7 @@ def exit_code_of(error: BaseException) -> ExitCode:
         return error.exit_code
     if isinstance(error, ModelError):
         return ExitCode.INPUT_UNUSABLE
-    if isinstance(error, MemoryTooSmall | GpuFailed | EngineDied):
+    if isinstance(error, MemoryTooSmall | GpuFailed | NotConnected | EngineDied):
         return ExitCode.UNAVAILABLE
     return ExitCode.USAGE if isinstance(error, UserError) else ExitCode.INTERNAL
 

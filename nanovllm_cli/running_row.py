@@ -7,6 +7,7 @@ import numpy as np
 
 from nanovllm_cli.core.request import Completion, Logprobs, NewTokens
 
+from .output_columns import OutputColumns
 from .results import result_line
 from .row_plan import RowPlan
 from .samples import FinishReason, Sample
@@ -55,7 +56,7 @@ class RunningRow:
         self._samples[sample] = finished
         return finished
 
-    def line(self, *, format: str, model: str) -> bytes:
+    def line(self, *, format: str, model: str, columns: OutputColumns) -> bytes:
         """The output row, as one line of JSON."""
         plan = self.plan
         samples = [sample for sample in self._samples if sample is not None]
@@ -74,6 +75,7 @@ class RunningRow:
             model=model,
             num_completion_tokens=sum(sample.num_tokens for sample in samples),
             prompt_logprobs=prompt_logprobs,
+            columns=columns,
         )
 
     def _new_watched(self) -> _Watched:

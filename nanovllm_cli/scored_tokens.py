@@ -29,9 +29,9 @@ ScoredTokens = list[ScoredToken]
 def scored(token_ids: Sequence[int], logprobs: Logprobs, texts: TokenTexts) -> ScoredTokens:
     """`token_ids` with `logprobs`, which may go on beyond them."""
     count = len(token_ids)
-    values = _shortest(logprobs.values[:count])
+    values = shortest(logprobs.values[:count])
     all_top_ids = logprobs.top_ids[:count].tolist()
-    all_top_values = _shortest(logprobs.top_values[:count])
+    all_top_values = shortest(logprobs.top_values[:count])
     return [
         ScoredToken(
             texts[token_id],
@@ -76,7 +76,7 @@ def _column(token: TokenText, logprob: float | None) -> dict[str, Any]:
     return column
 
 
-def _shortest(values: Float32) -> Any:
+def shortest(values: Float32) -> Any:
     """The same as Python's floats, whose 17 digits would be mostly noise."""
     return orjson.loads(
         orjson.dumps(np.ascontiguousarray(values), option=orjson.OPT_SERIALIZE_NUMPY)

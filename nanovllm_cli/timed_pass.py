@@ -3,20 +3,20 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Literal
-
-import torch
 
 from nanovllm_cli.core.engine import Engine
-from nanovllm_cli.core.errors import UserError
-from nanovllm_cli.core.request import Completion, Request, TokenIds
+from nanovllm_cli.core.engine_replicas import EngineReplicas
+from nanovllm_cli.core.errors import EngineDied, UserError
+from nanovllm_cli.core.request import Completion, Failure, Output, Request, TokenIds
 from nanovllm_cli.core.sampling_params import SamplingParams
+from nanovllm_cli.core.stats import EngineStats
 
 from .nvml import Nvml
 from .workloads import Workload
 
 _QUEUED = 256  # sequences that wait in the engine, as in a job whose rows are read ahead
+
+AnyEngine = Engine | EngineReplicas
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,8 @@ class TimedPass:
     """What a pass did, and how long it took.
 
     The phases share out all of `elapsed_time`, but for what the host does when all is computed:
-    each launch has the time from the end of the one before it to its own end.
+    each launch has the time from the end of the one before it to its own end. Replicas work side
+    by side: their phases' seconds are the mean of them, launches and steps are those of all.
     """
 
     elapsed_time: float
@@ -39,6 +40,8 @@ class TimedPass:
     mean_batch: float  # sequences in a decode step
     preemptions: int
     joules: float | None
+    replica_output_tokens: list[int]  # of each engine; what a second one ran as well counts twice
+    replica_seconds: list[float]  # in which each had something to compute
 
 
 def check_fits(workload: Workload, max_model_len: int) -> None:
@@ -53,7 +56,7 @@ def check_fits(workload: Workload, max_model_len: int) -> None:
 
 
 def run_pass(
-    engine: Engine,
+    engine: AnyEngine,
     workload: Workload,
     temperature: float,
     *,
@@ -62,12 +65,12 @@ def run_pass(
 ) -> TimedPass:
     """Run every sequence to its last token; end-of-text tokens do not count. Nothing is left over.
 
-    Raises UserError for a sequence that can never run.
+    Raises UserError for a sequence that can never run, and EngineDied where an engine's process
+    has died: what is run again is no measurement.
     """
-    before = engine.stats.copy()
+    before, each_before = engine.stats.copy(), [s.copy() for s in _stats_of_each(engine)]
     joules = counters.joules() if counters is not None else None
     start = time.perf_counter()
-    clock = _PhaseClock(engine)
     waiting = enumerate(workload)
     num_output_tokens = 0
     while True:
@@ -77,20 +80,25 @@ def run_pass(
             break
         before_step()
         for output in engine.step():
-            assert isinstance(output, Completion), output
+            _check_ran(output)
+            assert isinstance(output, Completion), "nothing asks for tokens as they come"
             num_output_tokens += len(output.token_ids)
-        clock.mark()
+        if isinstance(engine, EngineReplicas) and engine.num_restarts:
+            raise EngineDied(f"{engine.last_death}, in the middle of a measurement")
     seconds = time.perf_counter() - start
     expected = sum(num_tokens for _, num_tokens in workload)
     assert num_output_tokens == expected, f"{num_output_tokens} tokens, not {expected}"
     if joules is not None and counters is not None:
         joules = (counters.joules() or joules) - joules
     stats = engine.stats.since(before)
-    phases = clock.seconds()
+    each = [
+        stats.since(earlier)
+        for stats, earlier in zip(_stats_of_each(engine), each_before, strict=True)
+    ]
     return TimedPass(
         elapsed_time=seconds,
-        prefill_seconds=phases["prefill"],
-        decode_seconds=phases["decode"],
+        prefill_seconds=stats.prefill_seconds / len(each),
+        decode_seconds=stats.decode_seconds / len(each),
         num_requests=len(workload),
         prompt_tokens=sum(len(prompt) for prompt, _ in workload),
         output_tokens=num_output_tokens,
@@ -100,58 +108,25 @@ def run_pass(
         mean_batch=stats.num_decode_slots / max(stats.num_decode_steps, 1),
         preemptions=stats.num_preemptions,
         joules=joules,
+        replica_output_tokens=[stats.num_completion_tokens for stats in each],
+        replica_seconds=[stats.prefill_seconds + stats.decode_seconds for stats in each],
     )
 
 
-def _add(engine: Engine, index: int, sequence: tuple[TokenIds, int], temperature: float) -> None:
+def _stats_of_each(engine: AnyEngine) -> list[EngineStats]:
+    return engine.stats_by_replica if isinstance(engine, EngineReplicas) else [engine.stats]
+
+
+def _add(engine: AnyEngine, index: int, sequence: tuple[TokenIds, int], temperature: float) -> None:
     prompt, num_tokens = sequence
     sampling = SamplingParams(
         temperature=temperature, max_tokens=num_tokens, ignore_eos=True, seed=index
     )
-    failure = engine.add(Request(request_id=index, prompt_token_ids=prompt, sampling=sampling))
-    if failure is not None:
-        raise UserError(f"sequence {index} of the workload cannot run: {failure.message}")
+    _check_ran(engine.add(Request(request_id=index, prompt_token_ids=prompt, sampling=sampling)))
 
 
-class _PhaseClock:
-    """Shares out a pass's time by what each step of the engine has launched.
-
-    On a GPU the host is ahead, so a mark is an event behind the launch: the device's own time.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._is_gpu = engine.device == "cuda"
-        self._num_decode_steps = engine.stats.num_decode_steps
-        self._num_prefill_launches = engine.stats.num_prefill_launches
-        self._phase: Literal["prefill", "decode"] = "prefill"
-        self._marks: list[Any] = [self._now()]
-        self._phases: list[Literal["prefill", "decode"]] = []
-
-    def mark(self) -> None:
-        """A step has ended; one that launched nothing belongs to the launch before."""
-        stats = self._engine.stats
-        if stats.num_decode_steps > self._num_decode_steps:
-            self._phase = "decode"
-        elif stats.num_prefill_launches > self._num_prefill_launches:
-            self._phase = "prefill"
-        self._num_decode_steps = stats.num_decode_steps
-        self._num_prefill_launches = stats.num_prefill_launches
-        self._marks.append(self._now())
-        self._phases.append(self._phase)
-
-    def seconds(self) -> dict[str, float]:
-        """Of each phase."""
-        seconds = {"prefill": 0.0, "decode": 0.0}
-        if self._is_gpu:
-            torch.cuda.synchronize()
-        for phase, (start, end) in zip(self._phases, pairwise(self._marks), strict=True):
-            seconds[phase] += start.elapsed_time(end) / 1000 if self._is_gpu else end - start
-        return seconds
-
-    def _now(self) -> Any:
-        if not self._is_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+def _check_ran(output: Output | None) -> None:
+    if isinstance(output, Failure):
+        raise UserError(
+            f"sequence {output.request_id} of the workload cannot run: {output.message}"
+        )

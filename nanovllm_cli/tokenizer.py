@@ -66,22 +66,30 @@ class PromptTokenizer:
         self._control = re.compile("|".join(longest_first) or "(?!)")
         self._think, self._end_think = self._added.get("<think>"), self._added.get("</think>")
 
+    @property
+    def first_token_id(self) -> int | None:
+        """What begins a text: the token for it or, where there is none, that which ends one."""
+        first: int | None = self._hugging_face.bos_token_id
+        return first if first is not None else self._hugging_face.eos_token_id
+
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int] | TemplateError]:
         """The token ids of each prompt, or why its chat cannot be rendered."""
         pieces = [self._pieces(prompt) for prompt in prompts]
-        texts = [
-            part
-            for parts in pieces
-            if isinstance(parts, list)
-            for part in parts
-            if isinstance(part, str)
-        ]
+        encoded = iter(self._encode([p for p in pieces if not isinstance(p, TemplateError)]))
+        return [p if isinstance(p, TemplateError) else next(encoded) for p in pieces]
+
+    def num_context_tokens(self, prompts: Sequence[Prompt]) -> list[int | None]:
+        """How many tokens each prompt's context has alone; None where it has no context."""
+        contexts = list(dict.fromkeys(p.context for p in prompts if p.context is not None))
+        encoded = self._encode([self._text_pieces(context) for context in contexts])
+        lengths = {context: len(ids) for context, ids in zip(contexts, encoded, strict=True)}
+        return [None if p.context is None else lengths[p.context] for p in prompts]
+
+    def _encode(self, pieces: list[list[str | int]]) -> list[list[int]]:
+        texts = [part for parts in pieces for part in parts if isinstance(part, str)]
         encoded = iter(self._plain.encode_batch_fast(texts, add_special_tokens=False))
-        results: list[list[int] | TemplateError] = []
+        results = []
         for parts in pieces:
-            if isinstance(parts, TemplateError):
-                results.append(parts)
-                continue
             ids: list[int] = []
             for part in parts:
                 if isinstance(part, int):
@@ -150,13 +158,16 @@ class PromptTokenizer:
         if prompt.token_ids is not None:
             return list(prompt.token_ids)
         if prompt.text is not None:
-            if self._parse_special:
-                return self._split(prompt.text, re.compile(f"({self._control.pattern})"))
-            return [prompt.text]
+            return self._text_pieces(prompt.text)
         try:
             return self._render(prompt)
         except Exception as error:  # whatever a template raises is this row's error alone
             return TemplateError(f"the chat template failed: {error}")
+
+    def _text_pieces(self, text: str) -> list[str | int]:
+        if self._parse_special:
+            return self._split(text, re.compile(f"({self._control.pattern})"))
+        return [text]
 
     def _render(self, prompt: Prompt) -> list[str | int]:
         messages = prompt.messages or []
@@ -176,7 +187,7 @@ class PromptTokenizer:
         text = self._hugging_face.apply_chat_template(
             _mark(messages, self._control, marks),
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=not prompt.is_scored,
             **arguments,
         )
         marked = f"{start}(?:{self._control.pattern}){end}"

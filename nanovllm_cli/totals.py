@@ -19,6 +19,7 @@ from .journal import Journal, Kind
 class Totals:
     """Rows and seconds of the job; the tokens are the engine's to count."""
 
+    is_score: bool = False  # the token that each row generates is dropped, and not counted
     num_expected_rows: int | None = None  # None: the input cannot be counted ahead
     num_completed_rows: int = 0
     num_resumed_rows: int = 0  # of the completed ones those that an earlier run completed
@@ -78,6 +79,7 @@ class Totals:
     def as_dict(self) -> dict[str, Any]:
         """For the stats file and for `--json`."""
         engine = self.engine
+        num_completion_tokens = 0 if self.is_score else engine.num_completion_tokens
         now = time.perf_counter()
         seconds = self.phases.get("generate", now - self._open_phases.get("generate", now))
 
@@ -101,13 +103,13 @@ class Totals:
             "tokens": {
                 "prompt": engine.num_prompt_tokens,
                 "cached": engine.num_cached_tokens,
-                "completion": engine.num_completion_tokens,
+                "completion": num_completion_tokens,
                 "prefix_hit_rate": share(engine.num_cached_tokens, engine.num_prompt_tokens),
             },
             "throughput": {
                 "rows_per_second": rate(self.num_completed_rows - self.num_resumed_rows),
                 "prompt_tokens_per_second": rate(engine.num_prompt_tokens),
-                "completion_tokens_per_second": rate(engine.num_completion_tokens),
+                "completion_tokens_per_second": rate(num_completion_tokens),
             },
             "engine": {
                 "prefill_launches": engine.num_prefill_launches,

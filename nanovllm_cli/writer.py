@@ -13,19 +13,22 @@ import pyarrow as pa
 from .exit_code import CommandError, ExitCode
 from .files import io_errors
 from .inputs import Source
+from .output_columns import OutputColumns
 from .parquet_output import Lines, write_parquet
 
 _BUFFER_BYTES = 1 << 18
 
 
-def write_lines(path: Path, name: str, lines: Lines, sources: list[Source]) -> None:
+def write_lines(
+    path: Path, name: str, lines: Lines, sources: list[Source], columns: OutputColumns
+) -> None:
     """Fill the file at `path` in the format of `name`'s extension; equal lines give equal bytes.
 
     `sources` are where the rows came from: Parquet's columns keep the types that they had there.
     """
     if name.endswith(".parquet"):
         try:
-            write_parquet(path, lines, sources)
+            write_parquet(path, lines, sources, columns)
         except pa.ArrowException as error:
             message = f"cannot write {name}: {error}"
             raise CommandError(message, exit_code=ExitCode.IO_ERROR) from None

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def run(
         input=stdin,
         capture_output=True,
         cwd=cwd,
-        env=environment(HF_HUB_OFFLINE="1", **(env or {})),
+        env=environment(**{"HF_HUB_OFFLINE": "1", **(env or {})}),
         timeout=TIMEOUT_SECONDS,
     )
     return Run(code=ended.returncode, stdout=ended.stdout, stderr=ended.stderr.decode())
@@ -118,6 +118,16 @@ def generate(
 ) -> Run:
     """`nanovllm generate` with the sample model, in this process."""
     return call("generate", *arguments, "--model", MODEL, stdin=stdin, env=env)
+
+
+def processes_with(mark: Path) -> list[int]:
+    """Those that run and have `mark` in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if bytes(mark) in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 def write_rows(path: Path, rows: Iterable[object]) -> Path:

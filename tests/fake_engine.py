@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nanovllm_cli.core.config import EngineConfig
-from nanovllm_cli.core.request import Completion, Failure, Output, Request
+from nanovllm_cli.core.request import Completion, Failure, Logprobs, Output, Request
 from nanovllm_cli.core.stats import EngineStats
 
 
@@ -77,7 +77,18 @@ class FakeEngine:
             finish_reason="length",
             num_prompt_tokens=len(prompt),
             num_cached_tokens=0,
+            prompt_logprobs=self._logprobs(request),
         )
+
+    def _logprobs(self, request: Request) -> Logprobs | None:
+        """Made of each token and all before it; every token but one in eight is the likeliest."""
+        if request.sampling.prompt_logprobs is None:
+            return None
+        start = request.sampling.prompt_logprobs_start
+        token_ids = np.asarray(request.prompt_token_ids, np.int32)[start:]
+        values = -(np.cumsum(request.prompt_token_ids)[start:] % 89).astype(np.float32) / 16
+        top_ids = token_ids + (values < -4.9)
+        return Logprobs(values=values, top_ids=top_ids[:, None], top_values=values[:, None])
 
 
 def loader(engine: FakeEngine) -> Callable[[Path, EngineConfig], FakeEngine]:

@@ -115,6 +115,63 @@ def test_a_profile_has_two_traces_and_a_table_whose_shares_are_whole(
         assert f"{name}: " in table
 
 
+SHORT = ("-w", "short-answers", "--limit", "12", "--repeats", "1")
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.long)])
+def test_several_engines_or_ranks_are_measured_beside_one_alone(tp: int, dp: int) -> None:
+    ended = call(*BENCH, *SHORT, "--tp", str(tp), "--dp", str(dp))
+    assert ended.code == 0, ended.stderr
+    record = json.loads(ended.stdout)
+    assert (record["tensor_parallel_size"], record["data_parallel_size"]) == (tp, dp)
+    (timed,) = record["runs"]
+    assert (timed["num_requests"], timed["output_tokens"]) == (12, 12 * 32)
+    # Equal sequences are shared out equally, and each engine runs its own side by side.
+    assert record["replica_output_tokens"] == [12 * 32 // dp] * dp
+    assert (timed["decode_steps"], timed["mean_batch"]) == (31 * dp, 12 / dp)
+    assert len(record["replica_busy_share"]) == dp
+    assert all(0 < share <= 1 for share in record["replica_busy_share"])
+    phases = timed["prefill_seconds"] + timed["decode_seconds"]
+    assert 0.2 * timed["elapsed_time"] < phases <= timed["elapsed_time"]
+    alone = record["single"]
+    assert (alone["run"]["output_tokens"], alone["run"]["decode_steps"]) == (12 * 32, 31)
+    assert record["speedup"] == pytest.approx(alone["elapsed_time"] / timed["elapsed_time"])
+    assert record["efficiency"] == pytest.approx(record["speedup"] / (tp * dp))
+    assert f"times as fast with {tp * dp} (tp {tp}, dp {dp})" in ended.stderr
+    if dp > 1:
+        assert record["phases_seconds"]["capture"] is None
+        assert set(record["not_measured"]) == {"peak_gpu_bytes", "gpu_idle_share", "capture"}
+        assert "192 + 192 tokens" in ended.stderr
+        assert record["peak_host_bytes"] > 2**20
+
+
+def test_each_engine_can_have_the_whole_workload_and_the_one_alone_too() -> None:
+    ended = call(*BENCH, *SHORT, "--dp", "2", "--weak-scaling")
+    assert ended.code == 0, ended.stderr
+    record = json.loads(ended.stdout)
+    assert record["replica_output_tokens"] == [12 * 32] * 2
+    alone = record["single"]
+    assert alone["run"]["output_tokens"] == 12 * 32
+    rate = record["over_repeats"]["output_tokens_per_second"]["median"]
+    assert record["speedup"] == pytest.approx(rate / alone["output_tokens_per_second"])
+
+
+def test_the_engine_alone_can_be_left_out() -> None:
+    ended = call(*BENCH, *SHORT, "--tp", "2", "--no-single")
+    assert ended.code == 0, ended.stderr
+    record = json.loads(ended.stdout)
+    assert (record["single"], record["speedup"], record["efficiency"]) == (None, None, None)
+    assert record["not_measured"]["single"] == "left out with --no-single"
+    assert "times as fast" not in ended.stderr
+    assert record["tensor_parallel_size"] == 2
+    assert record["runs"][0]["output_tokens"] == 12 * 32
+
+
+def test_one_engine_has_nothing_to_be_compared_with(record: dict[str, Any]) -> None:
+    assert (record["single"], record["speedup"], record["not_measured"]) == (None, None, {})
+    assert record["replica_output_tokens"] == [128]
+
+
 def test_a_file_of_prompts_keeps_its_shared_beginnings_in_every_pass() -> None:
     ended = call(
         *BENCH, "-w", SAMPLE / "shared_prefix.jsonl", "--limit", "3", "--max-tokens", "2",
@@ -230,6 +287,11 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
         (["--dtype", "int4"], 2, "int4"),
         (["--max-window-steps", "0"], 2, "max_window_steps is 0"),
         (["--max-model-len", "1500"], 2, "at most 1500 fit in all"),
+        (["--weak-scaling"], 2, "--weak-scaling is for several engines"),
+        (["--dp", "0"], 2, "--data-parallel-size is 0; it must be at least 1"),
+        (["--dp", "2", "--max-model-len", "1500"], 2, "at most 1500 fit in all"),
+        (["--dp", "2", "--profile", "x"], 2, "with --data-parallel-size 2 each is in one of its"),
+        (["--tp", "3"], 2, "tensor_parallel_size is 3"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -86,22 +86,64 @@ int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *millij
     return device != (void *)(1ull << 40);
 }
 """
+_FAKE_LINKS = """
+#include <string.h>
+int nvmlInit_v2(void) { return 0; }
+/* GPUs 0 and 1 are linked, 2 is behind another NUMA node, nothing is known of 3. */
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
+    *device = (void *)((1ull << 40) + uuid[4]);
+    return uuid[4] == 'x';
+}
+int nvmlDeviceGetP2PStatus(void *a, void *b, int index, int *status) {
+    int first = (char)(long long)a, second = (char)(long long)b;
+    *status = !(index == 2 && first + second == '0' + '1');
+    return second == '3';
+}
+int nvmlDeviceGetTopologyCommonAncestor(void *a, void *b, int *level) {
+    *level = 50;
+    return (char)(long long)b == '3';
+}
+int nvmlDeviceGetNvLinkState(void *device, unsigned link, int *is_up) {
+    *is_up = link != 1;
+    return link < 4 ? 0 : 2;
+}
+"""
+
+
+def with_library(folder: Path, source: str, code: str) -> subprocess.CompletedProcess[bytes]:
+    """Run some Python where NVML is made of `source`."""
+    (folder / "nvml.c").write_text(source)
+    command = ["cc", "-shared", "-fPIC", "-o", "libnvidia-ml.so.1", "nvml.c"]
+    subprocess.run(command, cwd=folder, check=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_energy_and_driver_are_what_the_library_says(tmp_path: Path) -> None:
-    (tmp_path / "nvml.c").write_text(_FAKE_NVML)
-    command = ["cc", "-shared", "-fPIC", "-o", "libnvidia-ml.so.1", "nvml.c"]
-    subprocess.run(command, cwd=tmp_path, check=True)
     code = (
         "from nanovllm_cli.nvml import Nvml\n"
         "for uuid in '1234', 'GPU-1234', 'other':\n"
-        "    print(Nvml(uuid).driver_version(), Nvml(uuid).joules())"
+        "    print(Nvml(uuid).driver_version(), Nvml(uuid).joules())\n"
+        "print(Nvml('1234', 'GPU-1234').joules(), Nvml('1234', 'other').joules(), Nvml().joules())"
     )
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    run = with_library(tmp_path, _FAKE_NVML, code)
     known, unknown = b"999.1 5000000001.5", b"999.1 None"
-    assert run.stdout.splitlines() == [known, known, unknown], run.stderr
+    several = b"10000000003.0 None 0.0"
+    assert run.stdout.splitlines() == [known, known, unknown, several], run.stderr
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_what_connects_two_gpus_is_what_the_library_says(tmp_path: Path) -> None:
+    code = (
+        "from nanovllm_cli.nvml import Nvml\n"
+        "nvml = Nvml('0', '1', '2', '3', 'x')\n"
+        "for pair in (0, 1), (0, 2), (0, 3), (0, 4): print(nvml.path(*pair))"
+    )
+    run = with_library(tmp_path, _FAKE_LINKS, code)
+    assert run.stdout.decode().splitlines() == [
+        "NVLink (3 links a GPU)", "PCIe from one NUMA node to another", "None", "None"
+    ], run.stderr  # fmt: skip
 
 
 def test_a_cpu_has_a_name_and_rates() -> None:

@@ -62,9 +62,9 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[GenerateOptions]:
     return seen
 
 
-def parameters() -> list[Any]:
+def parameters(name: str) -> list[Any]:
     command: Any = typer.main.get_command(app)
-    return [p for p in command.commands["generate"].params if p.name not in ("inputs", "help")]
+    return [p for p in command.commands[name].params if p.name not in ("inputs", "help")]
 
 
 def rendered(hugging_face: Any, messages: list[dict[str, str]], **arguments: Any) -> int:
@@ -114,8 +114,9 @@ def test_a_file_may_name_every_flag_and_the_input(
     assert options.quiet
 
 
-def test_every_flag_has_an_environment_variable_of_its_name() -> None:
-    found = parameters()
+@pytest.mark.parametrize("command", ["generate", "score"])
+def test_every_flag_has_an_environment_variable_of_its_name(command: str) -> None:
+    found = parameters(command)
     assert len(found) > 35
     for parameter in found:
         name = next(name for name in parameter.opts if name.startswith("--"))
@@ -143,29 +144,34 @@ VALUES = {
     "--shard": "1/2",
     "--log-format": "json",
     "--attention-backend": "torch",
+    "--output-columns": "id,completion",
     "--data-parallel-size": "1",  # more need more processes than these tests start
 }
+FILES = ("--template-file", "--prefix-file")
 
 
+@pytest.mark.parametrize("command", ["generate", "score"])
 def test_every_environment_variable_does_what_its_flag_does(
-    chosen: list[GenerateOptions], tmp_path: Path
+    command: str, chosen: list[GenerateOptions], tmp_path: Path
 ) -> None:
     (tmp_path / "schema.json").write_text("{}")
     (tmp_path / "yes.lark").write_text('start: "yes"')
     files = {"--json-schema": tmp_path / "schema.json", "--grammar": tmp_path / "yes.lark"}
+    (tmp_path / "text").write_text("x")
+    files |= dict.fromkeys(FILES, tmp_path / "text")
     values = {**VALUES, **{name: str(path) for name, path in files.items()}}
     number = 0
-    for parameter in parameters():
+    for parameter in parameters(command):
         name = parameter.opts[0]
         if name in ("--config", "--debug", "--dry-run", "--single-process"):
             continue
         is_switch = getattr(parameter, "is_flag", False)
         value = values.get(name, "7")
         flag = [name] if is_switch else [name, value]
-        call("generate", "x.jsonl")
-        assert call("generate", "x.jsonl", *flag).code == 0, name
+        call(command, "x.jsonl")
+        assert call(command, "x.jsonl", *flag).code == 0, name
         env = {parameter.envvar: "1" if is_switch else value}
-        assert call("generate", "x.jsonl", env=env).code == 0, name
+        assert call(command, "x.jsonl", env=env).code == 0, name
         default, by_flag, by_environment = chosen[-3:]
         assert by_flag == by_environment, name
         assert by_flag != default or value == str(parameter.default), name
@@ -518,16 +524,32 @@ def test_doctor_reports_to_people_and_to_programs() -> None:
     assert shown.stderr == ""
 
 
+def test_doctor_advises_on_a_model_that_is_not_here(tmp_path: Path) -> None:
+    report = json.loads(call("doctor", "--json", "--model", "Qwen3-32B").stdout)
+    (advice,) = report["advice"].values()
+    if not report["gpus"]:
+        assert advice.startswith("there is no GPU to run it on; on the CPU its weights, 122.0 GiB")
+    assert "advice" not in json.loads(call("doctor", "--json").stdout)
+    for name, code in (("Qwen4-1B", 66), (str(tmp_path), 65)):
+        ended = call("doctor", "--model", name)
+        assert (ended.code, ended.stdout) == (code, b""), ended.stderr
+
+
 def test_the_version_is_shown() -> None:
     assert call("--version").stdout.decode() == f"nanovllm {__version__}\n"
 
 
-def test_help_shows_an_example_first_and_flags_in_panels() -> None:
-    shown = call("generate", "--help").stdout.decode()
-    assert shown.index("nanovllm generate prompts.jsonl -o out.jsonl") < shown.index("--output")
-    for panel in ("Output", "Prompts", "Sampling", "Model", "Engine", "Run"):
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [("generate", "prompts.jsonl -o out.jsonl"), ("score", "pairs.jsonl -o scores.jsonl")],
+)
+def test_help_shows_an_example_first_and_flags_in_panels(command: str, example: str) -> None:
+    shown = call(command, "--help").stdout.decode()
+    assert shown.index(f"nanovllm {command} {example}") < shown.index("--output")
+    panels = {"generate": ("Sampling",), "score": ()}[command]
+    for panel in ("Output", "Prompts", "Model", "Engine", "Run", *panels):
         assert f" {panel} " in shown
-    for parameter in parameters():
+    for parameter in parameters(command):
         assert parameter.opts[0] in shown, parameter.opts
 
 

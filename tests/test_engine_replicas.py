@@ -296,6 +296,22 @@ def test_a_slow_replica_gets_less(start: Start) -> None:
     assert tokens(ended | finish(engine)) == fake_answers(requests)
 
 
+@pytest.mark.parametrize("rows", [[(40, 10), (10, 40)], [(1, 128), (1, 400)]])
+def test_a_generated_token_is_more_to_do_than_one_of_a_prompt(
+    rows: list[tuple[int, int]], start: Start
+) -> None:
+    engine = start()
+    engine.wait_until_ready()
+    light, heavy = rows
+    for i, (num_prompt, num_tokens) in enumerate([light, heavy, light, light]):
+        endless = ask(i, [5] * num_prompt, max_tokens=num_tokens, ignore_eos=True, seed=0)
+        engine.add(endless)
+    assert engine.num_waiting == 4
+    engine.step()
+    assert [sorted(replica.given) for replica in engine._replicas] == [[0, 2, 3], [1]]
+    assert engine.num_waiting == 0
+
+
 def test_an_aborted_request_gives_no_output(start: Start) -> None:
     engine = start()
     engine.wait_until_ready()

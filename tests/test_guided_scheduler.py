@@ -45,6 +45,7 @@ from .test_scheduler import (
     mix,
     random_workload,
     run_workload,
+    slots_of,
 )
 
 VOCAB_SIZE = 6
@@ -269,7 +270,7 @@ class GuidedWorld(World):
         assert isinstance(self.device, GuidedDevice)
         owners: dict[int, Truth] = {}
         if not isinstance(batch, ForwardBatch):
-            for sequence, slot in zip(self.launched, batch.slots.tolist(), strict=True):
+            for sequence, slot in zip(self.launched, slots_of(batch), strict=True):
                 if sequence is not None:
                     owners[slot] = self.truths[sequence.request.request_id]
         result = self.device.launch(batch, owners)

@@ -19,7 +19,7 @@ FORBIDDEN = {
     ),
     "pickles what it hands on": r"\bmultiprocessing\b|\bmp\.(spawn|Process|Queue)\b"
     r"|\b(send|recv|broadcast|gather)\w*_object\w*",
-    "has a name that two jobs would share": r"\bSharedMemory\b|\bshm_open\b|/dev/shm|\bmkfifo\b",
+    "has a name that two jobs would share": r"\bSharedMemory\b|\bshm_open\b|/dev/shm/|\bmkfifo\b",
     "has a port that two jobs would share": (
         r"\b(MASTER_PORT|MASTER_ADDR|TCPStore)\b|tcp://|\bAF_INET6?\b|\b(bind|listen)\("
         r"|\bport\s*=\s*\d"

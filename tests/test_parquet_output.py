@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanovllm_cli.inputs import Source, find_inputs
+from nanovllm_cli.output_columns import OutputColumns
 from nanovllm_cli.parquet_output import write_parquet
 from nanovllm_cli.prompt_options import PromptOptions
 from nanovllm_cli.prompts import Prompt, to_prompt
@@ -48,11 +49,13 @@ def complete(sources: list[Source], *, shape: Any = "columns") -> list[tuple[int
     return lines
 
 
-def written(path: Path, lines: list[tuple[int, bytes]], sources: list[Source]) -> pa.Table:
+def written(
+    path: Path, lines: list[tuple[int, bytes]], sources: list[Source], *chosen: str
+) -> pa.Table:
     def again() -> Iterator[tuple[int, bytes]]:
         return iter(lines)
 
-    write_parquet(path, again, sources)
+    write_parquet(path, again, sources, OutputColumns(chosen=chosen))
     return pq.read_table(path)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanovllm_cli.core.batch import Admission, Batch, BatchResult, DecodeBatch, PrefillBatch
+from nanovllm_cli.core.batch import Admission, Batch, BatchResult, DecodeBatch, PrefillBatch, Twins
 from nanovllm_cli.core.block_manager import SCRATCH_BLOCK, BlockManager
 from nanovllm_cli.core.request import (
     Completion,
@@ -200,7 +200,8 @@ class Device:
             check(block_id != SCRATCH_BLOCK, "the scratch block is in a block table")
             check(index < self._num_entries, "a block table is longer than max_model_len")
             self.slots[slot].table[index] = block_id
-        check(len(set(batch.slots.tolist())) == len(batch.slots), "a slot is twice in a launch")
+        slots = slots_of(batch)
+        check(len(set(slots)) == len(slots), "a slot is twice in a launch")
         return self._prefill(batch) if isinstance(batch, PrefillBatch) else self._decode(batch)
 
     def _admit(self, admission: Admission, truth: Truth) -> None:
@@ -221,7 +222,7 @@ class Device:
         )
 
     def _prefill(self, batch: PrefillBatch) -> BatchResult:
-        result = _empty_result(len(batch.slots), 1)
+        result = _empty_result(len(batch.row_slots), 1)
         parts = []
         first = 0
         for slot_id, start, num_tokens in zip(
@@ -239,13 +240,24 @@ class Device:
             for position in range(start, end):
                 self._store(slot, position, slot.truth.nodes[position])
         check(first == len(batch.token_ids), "tokens of no sequence")
-        for i, (slot, end) in enumerate(parts):
+        if batch.twins is not None:
+            self._copy_for(batch.twins, batch.is_last_chunk.tolist())
+        for i, sequence in enumerate(batch.row_sequences.tolist()):
+            slot, end = self.slots[int(batch.row_slots[i])], parts[sequence][1]
             self._read(slot, end)
             slot.length = end
             slot.prefix = slot.truth.nodes[end - 1]
-            if batch.is_last_chunk[i]:
+            if batch.is_last_chunk[sequence]:
                 self._advance(slot, result, i, 0)
         return result
+
+    def _copy_for(self, twins: Twins, is_last_chunk: list[bool]) -> None:
+        for source, target in zip(twins.sources.tolist(), twins.targets.tolist(), strict=True):
+            check(target != SCRATCH_BLOCK, "a copy to the scratch block")
+            self.memory[target] = list(self.memory[source])
+            self.num_writes[target] += 1
+        for leader in twins.leaders.tolist():
+            check(is_last_chunk[leader], "a twin of a prompt that is not done")
 
     def _decode(self, batch: DecodeBatch) -> BatchResult:
         result = _empty_result(len(batch.slots), batch.num_steps)
@@ -284,6 +296,12 @@ class Device:
         slot.length += 1
         slot.prefix = self._prefixes.extend(slot.prefix, slot.last_token)
         slot.is_finished = token is None or token in slot.stops or slot.length >= slot.max_length
+
+
+def slots_of(batch: Batch) -> list[int]:
+    """Of each row of a launch's result."""
+    slots = batch.row_slots if isinstance(batch, PrefillBatch) else batch.slots
+    return [int(slot) for slot in slots]
 
 
 def _empty_result(num_rows: int, num_steps: int) -> BatchResult:
@@ -417,7 +435,7 @@ class World:
 
     def _launch(self, batch: Batch) -> None:
         owners = {}
-        for sequence, slot in zip(self.launched, batch.slots.tolist(), strict=True):
+        for sequence, slot in zip(self.launched, slots_of(batch), strict=True):
             truth = self.truths.get(sequence.request.request_id)
             check(truth is not None, "a sequence runs that has ended")
             assert truth is not None
@@ -445,7 +463,7 @@ class World:
     # What must hold.
 
     def _check_batch(self, batch: Batch) -> None:
-        check(0 < len(batch.slots) <= self.settings.max_num_seqs, "slots in a launch")
+        check(0 < len(slots_of(batch)) <= self.settings.max_num_seqs, "slots in a launch")
         if isinstance(batch, PrefillBatch):
             num_tokens = len(batch.token_ids)
             check(0 < num_tokens <= self.settings.max_num_batched_tokens, "tokens in a prefill")
@@ -780,6 +798,21 @@ class LosesTheLastTokenOfAPreempted(Scheduler):
         sequence.num_tokens -= 1
 
 
+class CopiesNothingForTwins(Scheduler):
+    def _plan_twins(self, leaders: list[Sequence], twins: list[tuple[Sequence, int]]) -> Twins:
+        nothing = np.zeros(0, dtype=np.int32)
+        return replace(super()._plan_twins(leaders, twins), sources=nothing, targets=nothing)
+
+
+class SharesTheLastBlockOfTwins(Scheduler):
+    def _admit_twin_of(self, leader: Sequence) -> Sequence | None:
+        twin = super()._admit_twin_of(leader)
+        if twin is not None and leader.num_tokens % self._block_manager.block_size:
+            [own] = self._new_blocks[-1:]
+            self._new_blocks[-1] = (own[0], own[1], leader.block_table[-1])
+        return twin
+
+
 BLOCK_MANAGER_MISTAKES: list[tuple[type[BlockManager], int]] = [
     (PublishesOneBlockTooEarly, 64),
     (KeepsTheContentOfAReusedBlock, 64),
@@ -811,7 +844,15 @@ def test_the_oracle_sees_every_mistake_of_a_block_manager(
     assert_the_oracle_sees(mistake.__name__, hash_bits, block_manager_class=mistake)
 
 
-@pytest.mark.parametrize("mistake", [PublishesWhatIsOnlyPlanned, LosesTheLastTokenOfAPreempted])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        PublishesWhatIsOnlyPlanned,
+        LosesTheLastTokenOfAPreempted,
+        CopiesNothingForTwins,
+        SharesTheLastBlockOfTwins,
+    ],
+)
 def test_the_oracle_sees_every_mistake_of_a_scheduler(mistake: type[Scheduler]) -> None:
     assert_the_oracle_sees(mistake.__name__, 64, scheduler_class=mistake)
 
@@ -895,12 +936,28 @@ def test_a_prefix_shared_within_a_launch_is_computed_once(num_prompts: int) -> N
     assert prefill_sizes(world) == [9 + num_prompts - 1]
 
 
-def test_equal_prompts_within_a_launch_share_all_but_their_last_block() -> None:
+@pytest.mark.parametrize(("length", "num_copies"), [(8, 0), (7, 2), (3, 2)])
+def test_equal_prompts_within_a_launch_are_computed_once(length: int, num_copies: int) -> None:
     world = World(Settings(block_size=4, max_num_seqs=3))
     for i in range(3):
-        world.ask(i, [0, 1, 2, 3, 3, 2, 1, 0], max_tokens=2)
+        world.ask(i, [0, 1, 2, 3, 3, 2, 1, 0][:length], max_tokens=2)
     world.finish()
-    assert prefill_sizes(world) == [8 + 4 + 4]
+    assert prefill_sizes(world) == [length]
+    [twins] = [b.twins for b in world.batches if isinstance(b, PrefillBatch)]
+    assert twins is not None
+    assert twins.leaders.tolist() == [0, 0]
+    assert len(twins.targets) == num_copies
+    cached = [o.num_cached_tokens for o in world.outputs.values() if isinstance(o, Completion)]
+    found = (length - 1) // 4 * 4
+    assert cached == [0, found, found], "as if they had come later"
+
+
+def test_twins_wait_until_a_chunked_prompt_is_done() -> None:
+    world = World(Settings(block_size=4, max_num_seqs=3, max_num_batched_tokens=5))
+    for i in range(3):
+        world.ask(i, [0, 1, 2, 3, 3, 2, 1], max_tokens=2)
+    world.finish()
+    assert prefill_sizes(world) == [5, 2]
 
 
 def test_without_prefix_caching_nothing_is_shared_and_nothing_is_found() -> None:

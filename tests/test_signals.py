@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,27 @@ def wait_for(stderr: Any, text: str) -> None:
     """Read lines until one has `text` in it."""
     while text not in (line := stderr.readline().decode()):
         assert line, f"ended without {text!r}"
+
+
+def wait_until_it_listens(process: subprocess.Popen[bytes]) -> None:
+    """Until the command takes signals itself: on a busy machine Python's start takes seconds."""
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        caught = int(re.findall(r"^SigCgt:\s(\w+)", status.read_text(), re.MULTILINE)[0], 16)
+        if caught >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.005)
+
+
+def wait_until_rows_run(process: subprocess.Popen[bytes]) -> None:
+    """Until the engine is loaded and has its rows, however long that takes."""
+    wait_for(process.stderr, "loading")
+    assert process.stderr is not None
+    line = ""
+    while not line.startswith("generate, "):
+        process.send_signal(signal.SIGUSR1)
+        line = process.stderr.readline().decode()
+        time.sleep(0.1)
 
 
 def engines_of(pid: int) -> list[str]:
@@ -95,33 +117,33 @@ def test_signals_at_random_moments_end_a_job_as_promised_and_change_no_byte(
     found = trials(tmp_path, number, 0.01)
     assert found["differing"] == 0
     for kind, outcome in found["kinds"].items():
-        assert set(outcome["codes"]) <= {CODES[kind], 3}, "by the signal, or it was done before"
-        assert outcome["codes"].count(CODES[kind]) >= number // 2
+        assert outcome["codes"] == [CODES[kind]] * number
         assert outcome["seconds"] < (2 if kind == "SIGINT twice" else 10)
 
 
-@pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("number", [1, pytest.param(5, marks=pytest.mark.long)])
 def test_signals_to_the_real_command_leave_nothing_running_and_change_no_byte(
-    kind: str, number: int, whole: tuple[bytes, float], tmp_path: Path
+    number: int, whole: tuple[bytes, float], tmp_path: Path
 ) -> None:
-    chance = random.Random(kind)
+    chance = random.Random(number)
     expected, seconds = whole
     output = tmp_path / "out.jsonl"
     for _ in range(number):
-        with started(*ARGUMENTS, "-o", output) as process:
-            time.sleep(0.5 + chance.random() * (seconds - 1))
-            sent = time.monotonic()
-            process.send_signal(-CODES[kind])
-            if kind == "SIGINT twice":
-                time.sleep(0.05)
-                process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
-        assert process.returncode in (CODES[kind], 0), stderr
-        assert time.monotonic() - sent < (3 if kind == "SIGINT twice" else 10)
-        assert b"Traceback" not in stderr
-        assert engines_of(process.pid) == []
-        assert not (tmp_path / "out.jsonl.lock").exists()
+        for kind in chance.sample(list(CODES), len(CODES)):  # each goes on from the one before
+            with started(*ARGUMENTS, "-o", output) as process:
+                wait_until_it_listens(process)
+                time.sleep(chance.random() * seconds * 0.6)
+                sent = time.monotonic()
+                process.send_signal(-CODES[kind])
+                if kind == "SIGINT twice":
+                    time.sleep(0.05)
+                    process.send_signal(signal.SIGINT)
+                _, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
+            assert process.returncode in (CODES[kind], 0), stderr
+            assert time.monotonic() - sent < (3 if kind == "SIGINT twice" else 10)
+            assert b"Traceback" not in stderr
+            assert engines_of(process.pid) == []
+            assert not (tmp_path / "out.jsonl.lock").exists()
         with started(*ARGUMENTS, "-o", output) as process:
             process.communicate()
         assert process.returncode == 0
@@ -136,8 +158,7 @@ def test_a_drain_takes_8_seconds_and_a_second_interrupt_ends_it_at_once(tmp_path
         started(*ARGUMENTS, *LONG, "-o", tmp_path / "b.jsonl") as urgent,
     ):
         for process in (patient, urgent):
-            wait_for(process.stderr, "loading")
-            time.sleep(4)  # until its rows run
+            wait_until_rows_run(process)
         sent = time.monotonic()
         patient.terminate()
         urgent.send_signal(signal.SIGINT)
@@ -172,8 +193,8 @@ def test_a_slow_reader_of_stdout_does_not_hold_up_the_end(tmp_path: Path) -> Non
     source.write_bytes(source.read_bytes() * 100)
     flags = ("--model", MODEL, "--max-tokens", "2")
     with started("generate", source, *flags) as process:
-        wait_for(process.stderr, "loading")
-        time.sleep(4)  # by then the pipe is full
+        wait_until_rows_run(process)
+        time.sleep(2)  # by then the pipe is full
         sent = time.monotonic()
         process.terminate()
         assert process.wait(TIMEOUT_SECONDS) == -signal.SIGTERM
@@ -181,18 +202,20 @@ def test_a_slow_reader_of_stdout_does_not_hold_up_the_end(tmp_path: Path) -> Non
         assert engines_of(process.pid) == []
 
 
-@pytest.mark.parametrize("seconds", ["0.3", "5"])
+@pytest.mark.parametrize("has_begun", [False, True])
 def test_a_job_out_of_time_is_75_and_says_how_many_rows_are_done(
-    seconds: str, tmp_path: Path
+    has_begun: bool, whole: tuple[bytes, float], tmp_path: Path
 ) -> None:
     output = tmp_path / "out.jsonl"
-    begin = time.monotonic()
-    with started(*ARGUMENTS, *LONG, "-o", output, "--timeout", seconds, "-q") as process:
+    seconds = whole[1] if has_begun else 0.3  # in as long as others are done its rows run
+    with started(*ARGUMENTS, *LONG, "-o", output, "--timeout", f"{seconds}", "-q") as process:
+        wait_until_it_listens(process)
+        begin = time.monotonic()
         _, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 75
-    assert time.monotonic() - begin < float(seconds) + 11
+    assert time.monotonic() - begin < seconds + 11
     assert stderr.startswith(b"error: the time of --timeout is over")
-    if seconds == "5":
+    if has_begun:
         assert b"of 200 rows done, 0 failed, and the same line goes on from there" in stderr
     assert not output.exists()
     assert engines_of(process.pid) == []

@@ -6,6 +6,7 @@ those. Faults are signals to the processes of a real engine.
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -35,13 +36,15 @@ from nanovllm_cli.core.batch import (
     RowNeeds,
     SampleBatch,
     TokenMasks,
+    Twins,
 )
 from nanovllm_cli.core.batch_layout import decode_batch, encode_batch
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
+from nanovllm_cli.core.connection_errors import connection_errors
 from nanovllm_cli.core.engine import Engine
 from nanovllm_cli.core.engine_child import EngineChild
 from nanovllm_cli.core.engine_process import EngineProcess
-from nanovllm_cli.core.errors import ModelError, UserError
+from nanovllm_cli.core.errors import ModelError, NotConnected, UserError
 from nanovllm_cli.core.parallel import TensorParallel
 from nanovllm_cli.core.request import Completion, Output, Request
 from nanovllm_cli.core.resolved_config import check_ranks, resolve
@@ -50,7 +53,7 @@ from nanovllm_cli.core.sampling_params import SamplingParams
 from nanovllm_cli.core.slot_table import SlotTable
 
 from . import gpu_tests
-from .cli import MODEL
+from .cli import MODEL, ROOT, processes_with
 
 MakeCheckpoint = Callable[..., Path]
 VOCAB_SIZE = 162  # no multiple of 4
@@ -151,6 +154,18 @@ def test_the_tokens_of_1_2_and_4_ranks_are_the_same(
         assert engine.all_reduce == "gloo"
         for name in ("num_cached_tokens", "num_prefill_launches", "num_decode_steps"):
             assert getattr(engine.stats, name) == getattr(alone.stats, name)
+
+
+@pytest.mark.long
+def test_the_tokens_of_8_ranks_are_the_same(
+    make_checkpoint: MakeCheckpoint, answer: Answer
+) -> None:
+    path = make_checkpoint(
+        vocab_size=VOCAB_SIZE, num_attention_heads=8, num_key_value_heads=2, intermediate_size=96
+    )
+    expected, _ = answer(path, 1, requests())
+    tokens, _ = answer(path, 8, requests())
+    assert tokens == expected
 
 
 def test_the_tokens_of_preempted_sequences_are_the_same(checkpoint: Path, answer: Answer) -> None:
@@ -283,7 +298,55 @@ def test_more_ranks_than_gpus_and_a_torch_without_nccl_are_named(
     with pytest.raises(UserError, match="has no NCCL"):
         check_ranks(2, "cuda", sizes())
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "H100")
     check_ranks(2, "cuda", sizes())
+
+
+def test_ranks_on_gpus_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "HHHA"[i] + "100")
+    check_ranks(2, "cuda", sizes())
+    with pytest.raises(UserError, match="is 4, and the GPUs differ: H100, A100"):
+        check_ranks(4, "cuda", sizes())
+
+
+def test_ranks_that_cannot_connect_say_what_they_need_and_none_is_left(checkpoint: Path) -> None:
+    code = (
+        "import sys\n"
+        "from tests.test_tensor_parallel import *\n"
+        "try: Engine.load(Path(sys.argv[1]), config(2))\n"
+        "except NotConnected as error: print(error.message, error.hint)\n"
+        "assert not children_of(os.getpid())"
+    )
+    # In a process of its own: torch counts a group that failed, and the next ranks would not meet.
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(checkpoint)],
+        cwd=ROOT,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_SECONDS,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "the ranks cannot connect: " in ended.stdout
+    assert "address for: nowhere" in ended.stdout
+    assert "loopback interface" in ended.stdout
+
+
+def test_an_error_of_nccl_comes_with_the_shared_memory_it_needs() -> None:
+    message = (
+        "NCCL error in: ProcessGroupNCCL.cpp:3370, unhandled system error (run with ...)\n"
+        "ncclSystemError: System call (e.g. socket, malloc) or external library call failed.\n"
+        "Last error:\n\nError while creating shared memory segment nccl-1\n"
+    )
+    with pytest.raises(NotConnected) as caught, connection_errors():
+        raise dist.DistBackendError(message)
+    assert caught.value.message.startswith("the ranks cannot connect: NCCL error in: ")
+    assert caught.value.message.endswith("; Error while creating shared memory segment nccl-1")
+    assert re.search(r"10 MiB of /dev/shm .*: (\d+ MiB are free|none is)", str(caught.value.hint))
+    with pytest.raises(UserError, match="mine"), connection_errors():
+        raise UserError("mine")  # a rank's death goes through
 
 
 def test_a_checkpoint_that_cannot_be_used_is_named_and_no_rank_is_left(
@@ -306,9 +369,8 @@ def test_a_cache_too_small_on_every_rank_is_named_and_no_rank_is_left(checkpoint
         "except UserError as error: print(error, children_of(os.getpid()), flush=True)\n"
         "time.sleep(1)\n"  # a death that nobody takes notice of would end the process
     )
-    root = Path(__file__).parent.parent
     command = [sys.executable, "-c", code, str(checkpoint)]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("1000 bytes are left for the KV cache")
     assert run.stdout.endswith(" []\n")
@@ -370,6 +432,8 @@ def batches(draw: st.DrawFn) -> Batch:
     if kind is ForwardBatch:
         return ForwardBatch(admissions=admissions, block_table_update=update, slots=slots)
     is_last_chunk = st.lists(st.booleans(), min_size=num_seqs, max_size=num_seqs)
+    pairs = {"slots": arrays(2), "leaders": arrays(2)}
+    twins = st.builds(Twins, **pairs, sources=arrays(1), targets=arrays(1))
     targets = st.builds(
         PromptTargets, hidden_rows=arrays(2), token_ids=arrays(2), num_logprobs=counts
     )
@@ -381,6 +445,7 @@ def batches(draw: st.DrawFn) -> Batch:
         start_positions=draw(arrays(num_seqs)),
         query_lens=draw(arrays(num_seqs)),
         is_last_chunk=np.array(draw(is_last_chunk)),
+        twins=draw(st.none() | twins),
         needs=needs,
         prompt_targets=draw(st.none() | targets),
     )
@@ -401,7 +466,7 @@ def row_needs(draw: st.DrawFn) -> RowNeeds:
 
 PLAIN = (
     PrefillBatch, DecodeBatch, ForwardBatch, SampleBatch, BlockTableUpdate, Admission, Adjustment,
-    RowNeeds, TokenMasks, PromptTargets,
+    RowNeeds, TokenMasks, PromptTargets, Twins,
 )  # fmt: skip
 
 
@@ -570,21 +635,74 @@ def test_a_rank_that_stands_still_is_a_hang_of_the_engine(
     until_gone([pid, rank], 1.0)
 
 
-def test_no_rank_outlives_the_job_that_is_killed(start: Start) -> None:
+# In a rank, what a signal to it brings about.
+FAULTS = {
+    "SIGKILL": signal.SIGKILL,
+    "SIGSEGV": signal.SIGSEGV,
+    "SIGSTOP": signal.SIGSTOP,
+    "exit 0": signal.SIGUSR2,
+    "exception": signal.SIGRTMIN,
+}
+IN_A_RANK = """
+import os, signal, sys
+def fail(number, frame): raise RuntimeError("this rank fails")
+if "nanovllm_cli.core.rank_worker" in sys.orig_argv:
+    signal.signal(signal.SIGUSR2, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGRTMIN, fail)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FAULTS)
+def test_five_ends_of_a_rank_in_one_job_change_no_answer(
+    name: str,
+    start: Start,
+    expected: dict[int, list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(IN_A_RANK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    engine = start(hang_seconds=3.0)
+    for trial in range(5):
+        [rank] = begin(engine)
+        pid = engine.pid
+        os.kill(rank, FAULTS[name])
+        assert finish(engine) == expected
+        assert engine.num_restarts == trial + 1
+        until_gone([pid, rank], 1.0)
+
+
+@pytest.mark.parametrize("number", [1, pytest.param(20, marks=pytest.mark.long)])
+def test_no_rank_outlives_the_job_that_is_killed(number: int, tmp_path: Path) -> None:
     code = (
-        "import sys\n"
         "from tests.test_tensor_parallel import *\n"
         "engine = EngineProcess(MODEL, PROCESS_CONFIG)\n"
-        "print(engine.pid, *begin(engine), flush=True)\n"
+        "begin(engine)\n"
+        "print(flush=True)\n"
         "while True: engine.step()\n"
     )
-    root = Path(__file__).parent.parent
-    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE) as job:
-        assert job.stdout is not None
-        pids = list(map(int, job.stdout.readline().split()))
-        job.kill()
-    assert len(pids) == 2
-    until_gone(pids, 2.0)
+    chance, longest = random.Random(number), 0.0
+    for trial in range(number):
+        before = time.monotonic()
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "MARK": str(tmp_path)},
+            stdout=subprocess.PIPE,
+        ) as job:
+            assert job.stdout is not None
+            if trial == 0:
+                assert job.stdout.readline()  # it decodes
+                longest = time.monotonic() - before
+                assert len(processes_with(tmp_path)) == 3
+            else:
+                time.sleep(chance.random() * longest)
+            job.kill()
+        killed = time.monotonic()
+        while processes_with(tmp_path):
+            assert time.monotonic() - killed < 2.0
+            time.sleep(0.005)
 
 
 def test_two_groups_at_once_do_not_meet(start: Start, expected: dict[int, list[int]]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from nanovllm_cli.exit_code import CommandError, ExitCode
 from nanovllm_cli.inputs import Source
+from nanovllm_cli.output_columns import OutputColumns
 from nanovllm_cli.writer import StreamWriter, read_lines, write_lines
 
 STDIN = [Source(name="<stdin>", path=None)]
@@ -23,7 +24,7 @@ def line_of(index: int) -> bytes:
 
 
 def write(path: Path, lines: list[bytes], *, name: str | None = None) -> None:
-    write_lines(path, name or path.name, lambda: iter(enumerate(lines)), STDIN)
+    write_lines(path, name or path.name, lambda: iter(enumerate(lines)), STDIN, OutputColumns())
 
 
 def content_of(path: Path) -> bytes:
