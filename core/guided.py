@@ -12,7 +12,7 @@ from itertools import takewhile
 import numpy as np
 
 from nanovllm_cli.core.batch import RowNeeds, TokenMasks
-from nanovllm_cli.core.grammar import Grammars, Matcher
+from nanovllm_cli.core.grammar import Grammars
 from nanovllm_cli.core.sequence import Sequence
 
 LEAST_FORCED = 4  # tokens for which a running sequence is taken out of its steps
@@ -22,11 +22,15 @@ def with_masks(
     needs: RowNeeds | None, sequences: Seq[Sequence | None], grammars: Grammars
 ) -> RowNeeds | None:
     """What a launch's rows ask, and masks for those that are guided; None: a row without a draw."""
-    matchers = _matchers_of(sequences)
-    if not matchers:
+    guides = {
+        row: sequence.guide
+        for row, sequence in enumerate(sequences)
+        if sequence is not None and sequence.guide is not None
+    }
+    if not guides:
         return needs
-    rows = np.array(list(matchers), dtype=np.int32)
-    masks = TokenMasks(rows=rows, words=grammars.masks(list(matchers.values())))
+    rows = np.array(list(guides), dtype=np.int32)
+    masks = TokenMasks(rows=rows, words=grammars.masks(list(guides.values())))
     return replace(needs or RowNeeds(), masks=masks)
 
 
@@ -36,10 +40,10 @@ def forced_token_ids(sequence: Sequence) -> list[int]:
     That one is drawn, under a mask that leaves no other: what ends a sequence is always a token
     that was drawn.
     """
-    sampling = sequence.request.sampling
-    if sequence.matcher is None or sampling.logprobs is not None or sampling.bad_words:
+    guide, sampling = sequence.guide, sequence.request.sampling
+    if guide is None or sampling.logprobs is not None or sampling.bad_words:
         return []  # it must take every step
-    forced = sequence.matcher.forced_token_ids()[:-1]
+    forced = guide.forced_token_ids()[:-1]
     room = max(sequence.max_length - sequence.num_tokens - 1, 0)
     return list(takewhile(lambda i: i not in sequence.stop_token_ids, forced[:room]))
 
@@ -72,29 +76,18 @@ def ends_thought(sequence: Sequence, token_id: int) -> bool:
 
 def is_whole(sequence: Sequence) -> bool:
     """Whether a guided sequence has all that it may have but for eos."""
-    return (
-        sequence.is_guided
-        and sequence.matcher is not None
-        and sequence.num_logprobs is None  # which eos has as well
-        and sequence.matcher.is_finished
-    )
+    guide = sequence.guide
+    if guide is None or sequence.num_logprobs is not None:  # eos has some, too
+        return False
+    return guide.is_finished
 
 
 def is_dead_end(sequence: Sequence, grammars: Grammars) -> bool:
     """Whether nothing but a stop token may come, and that one not before min_length, or nothing."""
-    matchers = _matchers_of([sequence])
-    if not matchers:
+    guide = sequence.guide
+    if guide is None:
         return False
-    bits = np.unpackbits(grammars.masks(list(matchers.values())).view(np.uint8), bitorder="little")
+    bits = np.unpackbits(grammars.masks([guide]).view(np.uint8), bitorder="little")
     if sequence.num_tokens < sequence.min_length:
         bits[list(sequence.stop_token_ids)] = 0
     return not bits.any()
-
-
-def _matchers_of(sequences: Seq[Sequence | None]) -> dict[int, Matcher]:
-    """By row."""
-    return {
-        row: sequence.matcher
-        for row, sequence in enumerate(sequences)
-        if sequence is not None and sequence.is_guided and sequence.matcher is not None
-    }

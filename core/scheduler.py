@@ -236,22 +236,36 @@ class Scheduler:
                 logprobs.give_to(sequence, i, len(token_ids))
             if not len(token_ids):
                 continue
-            output = self._take_tokens(sequence, token_ids, is_stopped=bool(result.is_stopped[i]))
+            sequence.append(token_ids)
+            self.stats.num_completion_tokens += len(token_ids)
+            output: Output | None
+            if sequence.matcher is not None:
+                output = self._follow_grammar(sequence, token_ids, bool(result.is_stopped[i]))
+            elif result.is_stopped[i]:
+                output = self._complete(sequence, "stop")
+            elif sequence.num_tokens >= sequence.max_length:
+                output = self._complete(sequence, "length")
+            else:
+                output = self._go_on(sequence)
             if output is not None:
                 outputs.append(output)
         return outputs
 
-    def _take_tokens(
-        self, sequence: Sequence, token_ids: TokenIds, *, is_stopped: bool
+    def _go_on(self, sequence: Sequence) -> NewTokens | None:
+        if sequence.slot is not None:
+            self._publish(sequence)
+        return self._new_tokens(sequence) if sequence.request.reports_tokens else None
+
+    def _follow_grammar(
+        self, sequence: Sequence, token_ids: TokenIds, is_stopped: bool
     ) -> Output | None:
-        """What becomes of a sequence with tokens that were drawn for it."""
+        """What becomes of a sequence with a grammar for which tokens were drawn."""
+        if (guide := sequence.guide) is not None:
+            guide.accept(token_ids.tolist())
         begins_grammar = is_stopped and ends_thought(sequence, int(token_ids[-1]))
-        if sequence.is_guided and sequence.matcher is not None:
-            sequence.matcher.accept(token_ids.tolist())
-        self._append(sequence, token_ids)
         if begins_grammar:
             sequence.end_thought()
-        if is_stopped and not begins_grammar:
+        elif is_stopped:
             return self._complete(sequence, "stop")
         if sequence.num_tokens >= sequence.max_length:
             return self._complete(sequence, "length")
@@ -262,11 +276,10 @@ class Scheduler:
             self._append(sequence, self._grammars.eos_token_ids[:1])
             sequence.set_stored(sequence.num_tokens - 2)
             return self._complete(sequence, "stop")
-        if sequence.slot is not None:
-            self._publish(sequence)
-        return self._new_tokens(sequence) if sequence.request.reports_tokens else None
+        return self._go_on(sequence)
 
-    def _append(self, sequence: Sequence, token_ids: Seq[int] | TokenIds) -> None:
+    def _append(self, sequence: Sequence, token_ids: Seq[int]) -> None:
+        """Add tokens that no launch has drawn."""
         sequence.append(np.asarray(token_ids, dtype=np.int32))
         self.stats.num_completion_tokens += len(token_ids)
 
@@ -288,8 +301,8 @@ class Scheduler:
     def _force(self, sequence: Sequence) -> None:
         """Add the tokens that a guided sequence must go on with; a prefill has to follow."""
         token_ids = forced_token_ids(sequence)
-        if token_ids and sequence.matcher is not None:
-            sequence.matcher.accept(token_ids)
+        if token_ids and (guide := sequence.guide) is not None:
+            guide.accept(token_ids)
             self._append(sequence, token_ids)
             self.stats.num_forced_tokens += len(token_ids)
 
@@ -366,8 +379,7 @@ class Scheduler:
         if not self._waiting or not self._free_slots:
             return None
         sequence, blocks = self._waiting[0], self._block_manager
-        if sequence.is_guided:
-            self._force(sequence)
+        self._force(sequence)
         blocks.hash_blocks(sequence.token_ids, sequence.block_hashes)
         findable = sequence.block_hashes
         if sequence.next_prompt_target is not None:  # the token before it must be computed
@@ -493,10 +505,10 @@ class Scheduler:
         running = list(self._running.values())
         if not self._num_with_grammar:
             return running, False
-        guided = [s for s in running if s.is_guided]
+        guided = [s for s in running if s.guide is not None]
         if len(guided) == len(running) or (guided and self._free_went_last):
             return guided, True
-        return [s for s in running if not s.is_guided], False
+        return [s for s in running if s.guide is None], False
 
     def _schedule_sample(self) -> SampleBatch | None:
         """The other half of the guided rows' step, for those that still want its token."""

@@ -72,9 +72,9 @@ class Sequence:
         return self.num_logprobs is not None or self.request.sampling.adjusts_logits
 
     @property
-    def is_guided(self) -> bool:
-        """Whether its grammar says what the next token may be: it has one, which has begun."""
-        return self.matcher is not None and self.grammar_after is None
+    def guide(self) -> Matcher | None:
+        """What says which tokens may come next: its grammar, once that has begun."""
+        return self.matcher if self.grammar_after is None else None
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
