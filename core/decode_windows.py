@@ -20,7 +20,7 @@ MAX_STEPS_BESIDE_GUIDED = 4
 
 
 class DecodeWindows:
-    """Asked for the next only where no prefill is to be made: whoever runs is prefilled."""
+    """Plans the next one, where no prefill is to be made: then whoever runs is prefilled."""
 
     def __init__(
         self,

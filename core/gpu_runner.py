@@ -7,11 +7,9 @@ needed, and what token_choice.py does follows eagerly; nothing waits there eithe
 """
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.attention_backend import PackedSequences
 from nanovllm_cli.core.batch import (
     Admission,
     Batch,
@@ -21,12 +19,12 @@ from nanovllm_cli.core.batch import (
     PrefillBatch,
     RowNeeds,
     SampleBatch,
-    packed_positions,
 )
 from nanovllm_cli.core.cuda_graphs import CudaGraphs, graph_batch_sizes
-from nanovllm_cli.core.gpu_attention import DecodeAttention, PrefillAttention
+from nanovllm_cli.core.gpu_attention import DecodeAttention
 from nanovllm_cli.core.gpu_errors import gpu_errors
 from nanovllm_cli.core.gpu_launch import GpuLaunch
+from nanovllm_cli.core.gpu_prefill import GpuPrefill
 from nanovllm_cli.core.kernel_warm_up import layer_kernels, run_side_by_side
 from nanovllm_cli.core.kv_cache import (
     KVCache,
@@ -215,67 +213,16 @@ class GpuRunner:
         self, batch: PrefillBatch, needs: DeviceNeeds | None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The hidden states of all its tokens, and its packed log-probabilities."""
-        table = self._table
         self._admit(batch.admissions)
-        token_ids, rows, positions = self._to_device(
-            batch.token_ids, *packed_positions(batch.query_lens, batch.start_positions)
-        )
-        kv_lens = batch.start_positions + batch.query_lens
-        ends = np.cumsum(batch.query_lens)
-        row_slots, drawn_after = batch.row_slots, batch.row_sequences
-        twins = batch.twins
-        # Every row samples; one whose chunk is not the last does so on the idle slot.
-        slots, all_slots, sampling_slots, last_rows, row_lengths, *of_sequences = self._to_device(
-            batch.slots,
-            row_slots,
-            np.where(batch.is_last_chunk[drawn_after], row_slots, table.idle_slot),
-            (ends - 1)[drawn_after],
-            kv_lens[drawn_after],
-            np.arange(len(batch.slots)),
-            batch.start_positions,
-            kv_lens,
-            np.concatenate(([0], ends)),
-            np.concatenate(([0], np.cumsum(kv_lens))),
-            *(() if twins is None else (twins.sources, twins.targets)),
-        )
-        sequence_rows, starts, lengths, sums_q, sums_k, *copies = of_sequences
-        block_tables = table.block_table[slots.long()]
-        block_indices = (positions // self._block_size).long()
-        block_ids = block_tables[rows.long(), block_indices].long()
-        attention = PrefillAttention(
-            positions=positions,
-            slot_mapping=block_ids * self._block_size + positions % self._block_size,
-            sequences=PackedSequences(
-                block_tables=block_tables,
-                rows=sequence_rows,
-                start_positions=starts,
-                kv_lens=lengths,
-                cu_seqlens_q=sums_q,
-                cu_seqlens_k=sums_k,
-                max_query_len=int(batch.query_lens.max()),
-                max_kv_len=int(kv_lens.max()),
-            ),
-            backend=self._attention_backend,
-        )
-        hidden = self._model(token_ids, self._kv_caches, attention)
-        if copies:
-            copy_blocks(self._kv_caches, *(blocks.long() for blocks in copies))
-        table.length[all_slots.long()] = row_lengths
+        prefill = GpuPrefill.of(batch, self._table, self._block_size, self._attention_backend)
+        hidden = self._model(prefill.token_ids, self._kv_caches, prefill.attention)
+        if prefill.block_copies:
+            copy_blocks(self._kv_caches, *(blocks.long() for blocks in prefill.block_copies))
+        self._table.length[prefill.row_slots.long()] = prefill.row_lengths
         self._step.fill_(1)  # what `prepare` does in a decode step
-        logits = self._model.logits(hidden[last_rows.long()])
-        return hidden, [self._sample(logits, sampling_slots, needs)]
-
-    def _to_device(self, *rows: npt.NDArray[np.integer]) -> list[Tensor]:
-        """Host arrays as int32 tensors, in one copy.
-
-        Each begins at a multiple of 16 bytes: for other pointers Triton compiles a kernel anew.
-        """
-        width = -(-max(map(len, rows)) // 4) * 4
-        host = np.zeros((len(rows), width), dtype=np.int32)
-        for row, values in zip(host, rows, strict=True):
-            row[: len(values)] = values
-        device = self._table.to_device(host)
-        return [row[: len(values)] for row, values in zip(device, rows, strict=True)]
+        # Every row samples; one whose chunk is not the last does so on the idle slot.
+        logits = self._model.logits(hidden[prefill.last_tokens.long()])
+        return hidden, [self._sample(logits, prefill.sampling_slots, needs)]
 
     def _sample(
         self, logits: Tensor, slots: Tensor, needs: DeviceNeeds | None = None
