@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.batch import BatchResult, Int32
+from nanovllm_cli.core.batch import BatchResult, Int32, RowNeeds
 from nanovllm_cli.core.gpu_errors import gpu_errors
+from nanovllm_cli.core.staging import Staging
 from nanovllm_cli.core.token_choice import unpack, unpack_steps
 
 
@@ -20,6 +21,37 @@ class GpuLaunch:
     logprob_rows: Int32 | None = None
     logprobs: Tensor | None = None  # [num_steps, len(logprob_rows), 1 + 2 * k], packed
     prompt_logprobs: Tensor | None = None  # [num_targets, 1 + 2 * k], packed
+
+    @classmethod
+    def begin(
+        cls,
+        staging: Staging,
+        out: Tensor,
+        needs: RowNeeds | None,
+        logprobs: Tensor | None,
+        prompt_logprobs: Tensor | None,
+    ) -> "GpuLaunch":
+        """What was enqueued so far, of which these int32 tensors come; enqueues their copies.
+
+        needs: whose log-probabilities `logprobs` are.
+        """
+
+        def to_host(values: Tensor) -> Tensor:
+            host = staging.host_tensor(tuple(values.shape))
+            return host.copy_(values.contiguous(), non_blocking=True)
+
+        host_out = to_host(out)
+        host_logprobs = None if logprobs is None else to_host(logprobs)
+        host_prompt = None if prompt_logprobs is None else to_host(prompt_logprobs)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return cls(
+            done=done,
+            out=host_out,
+            logprob_rows=None if needs is None else needs.logprob_rows,
+            logprobs=host_logprobs,
+            prompt_logprobs=host_prompt,
+        )
 
     @gpu_errors()
     def result(self) -> BatchResult:

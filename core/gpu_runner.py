@@ -7,26 +7,24 @@ needed, and what token_choice.py does follows eagerly; nothing waits there eithe
 """
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.attention_backend import PackedSequences
 from nanovllm_cli.core.batch import (
     Admission,
     Batch,
-    BlockTableUpdate,
     DecodeBatch,
     ForwardBatch,
     Int32,
     PrefillBatch,
     RowNeeds,
     SampleBatch,
-    packed_positions,
 )
-from nanovllm_cli.core.gpu_attention import DecodeAttention, PrefillAttention
+from nanovllm_cli.core.cuda_graphs import CudaGraphs, graph_batch_sizes
+from nanovllm_cli.core.gpu_attention import DecodeAttention
 from nanovllm_cli.core.gpu_errors import gpu_errors
 from nanovllm_cli.core.gpu_launch import GpuLaunch
+from nanovllm_cli.core.gpu_prefill import GpuPrefill
 from nanovllm_cli.core.kernel_warm_up import layer_kernels, run_side_by_side
 from nanovllm_cli.core.kv_cache import (
     KVCache,
@@ -35,6 +33,7 @@ from nanovllm_cli.core.kv_cache import (
     copy_blocks,
     num_kv_blocks,
 )
+from nanovllm_cli.core.memory_profile import free_bytes
 from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.slot_table import SlotTable
@@ -43,22 +42,6 @@ from nanovllm_cli.core.token_choice import DeviceNeeds, TokenChoice, prompt_logp
 from nanovllm_cli.kernels.decode_attention import DecodePlan, plan_decode_attention
 from nanovllm_cli.kernels.decode_step import OUT_ROWS_BEFORE_TOKENS, advance, prepare
 from nanovllm_cli.kernels.fused_sampling import sample
-
-_GRAPH_BYTES = 512 << 20  # left for the captured steps' own memory
-
-
-def graph_batch_sizes(max_num_seqs: int) -> list[int]:
-    """The captured batch sizes: 1, 2, 4, then steps of 8, 16 from 32 on, a quarter from 256 on.
-
-    They end at the maximum. Products of a large model take longer with every 16 rows; with sizes 8
-    rows apart nano with the 8B gains 0.2 % (H100), and its start takes a second longer.
-    """
-    sizes = [size for size in (1, 2, 4) if size < max_num_seqs]
-    size = 8
-    while size < max_num_seqs:
-        sizes.append(size)
-        size += 8 if size < 32 else 16 if size < 256 else (1 << size.bit_length()) // 8
-    return [*sizes, max_num_seqs]
 
 
 class GpuRunner:
@@ -97,9 +80,7 @@ class GpuRunner:
         self._step = zeros(1)
         self._out = zeros(OUT_ROWS_BEFORE_TOKENS + config.max_window_steps, max_num_seqs)
         self._batch_sizes = graph_batch_sizes(max_num_seqs)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        # Without the draw, and the hidden states that each writes.
-        self._forward_graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: CudaGraphs | None = None
         self._half_step: Tensor | None = None  # a ForwardBatch's logits
         self._kv_caches: list[KVCache] = []
         with torch.inference_mode():
@@ -107,13 +88,13 @@ class GpuRunner:
             self._compile_kernels()
             kv_cache_bytes = config.kv_cache_bytes
             if kv_cache_bytes is None:
-                kv_cache_bytes = self._free_bytes(config)
+                kv_cache_bytes = free_bytes(self._launch, self._table, model, config)
             self._kv_caches = []  # gives its memory back before the real one takes it
             kv_cache_bytes = model.parallel.minimum(kv_cache_bytes)
             self.num_blocks = num_kv_blocks(kv_cache_bytes, sizes, config)
             self._kv_caches = allocate_kv_caches(self.num_blocks, sizes, config)
             if not config.enforce_eager:
-                self._capture()
+                self._graphs = CudaGraphs(self._batch_sizes, self._decode_step, device)
 
     @gpu_errors()
     @torch.inference_mode()
@@ -148,32 +129,12 @@ class GpuRunner:
                     hidden, batch.prompt_targets, self._table, self._model.logits
                 )
         logprobs = [step for step in packed if step is not None]
-        return self._read_later(
+        return GpuLaunch.begin(
+            self._staging,
             self._out[: OUT_ROWS_BEFORE_TOKENS + num_steps, :num_rows],
             batch.needs,
             torch.stack(logprobs) if logprobs else None,
             asked,
-        )
-
-    def _read_later(
-        self, out: Tensor, needs: RowNeeds | None, logprobs: Tensor | None, asked: Tensor | None
-    ) -> GpuLaunch:
-        """Copies to pinned memory, enqueued."""
-
-        def to_host(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
-            host = self._staging.host_tensor(tuple(values.shape))
-            return host.copy_(values.contiguous(), non_blocking=True)
-
-        host = to_host(out)
-        assert host is not None, "there is always an output"
-        rows = None if needs is None else needs.logprob_rows
-        logprobs, asked = to_host(logprobs), to_host(asked)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        return GpuLaunch(
-            done=done, out=host, logprob_rows=rows, logprobs=logprobs, prompt_logprobs=asked
         )
 
     def _admit(self, admissions: tuple[Admission, ...]) -> None:
@@ -207,8 +168,8 @@ class GpuRunner:
         for _ in range(batch.num_steps):
             if needs is not None:
                 packed.append(self._sample(self._forward(size), self._slots[:size], needs))
-            elif self._graphs:
-                self._graphs[size].replay()
+            elif self._graphs is not None:
+                self._graphs.replay(size)
             else:
                 self._decode_step(size)
         return packed
@@ -223,17 +184,9 @@ class GpuRunner:
 
     def _forward(self, size: int) -> Tensor:
         """The logits of a step of the first `size` entries of the slot list."""
-        if not self._graphs:
+        if self._graphs is None:
             return self._model.logits(self._hidden(size))
-        if size not in self._forward_graphs:
-            graph = torch.cuda.CUDAGraph()
-            pool = self._graphs[size].pool()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
-                hidden = self._hidden(size)
-            self._forward_graphs[size] = graph, hidden
-        graph, hidden = self._forward_graphs[size]
-        graph.replay()
-        return self._model.logits(hidden)
+        return self._model.logits(self._graphs.forward(size, self._hidden))
 
     def _prepare(self, size: int) -> DecodeAttention:
         slots, table = self._slots[:size], self._table
@@ -260,67 +213,16 @@ class GpuRunner:
         self, batch: PrefillBatch, needs: DeviceNeeds | None
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The hidden states of all its tokens, and its packed log-probabilities."""
-        table = self._table
         self._admit(batch.admissions)
-        token_ids, rows, positions = self._to_device(
-            batch.token_ids, *packed_positions(batch.query_lens, batch.start_positions)
-        )
-        kv_lens = batch.start_positions + batch.query_lens
-        ends = np.cumsum(batch.query_lens)
-        row_slots, drawn_after = batch.row_slots, batch.row_sequences
-        twins = batch.twins
-        # Every row samples; one whose chunk is not the last does so on the idle slot.
-        slots, all_slots, sampling_slots, last_rows, row_lengths, *of_sequences = self._to_device(
-            batch.slots,
-            row_slots,
-            np.where(batch.is_last_chunk[drawn_after], row_slots, table.idle_slot),
-            (ends - 1)[drawn_after],
-            kv_lens[drawn_after],
-            np.arange(len(batch.slots)),
-            batch.start_positions,
-            kv_lens,
-            np.concatenate(([0], ends)),
-            np.concatenate(([0], np.cumsum(kv_lens))),
-            *(() if twins is None else (twins.sources, twins.targets)),
-        )
-        sequence_rows, starts, lengths, sums_q, sums_k, *copies = of_sequences
-        block_tables = table.block_table[slots.long()]
-        block_indices = (positions // self._block_size).long()
-        block_ids = block_tables[rows.long(), block_indices].long()
-        attention = PrefillAttention(
-            positions=positions,
-            slot_mapping=block_ids * self._block_size + positions % self._block_size,
-            sequences=PackedSequences(
-                block_tables=block_tables,
-                rows=sequence_rows,
-                start_positions=starts,
-                kv_lens=lengths,
-                cu_seqlens_q=sums_q,
-                cu_seqlens_k=sums_k,
-                max_query_len=int(batch.query_lens.max()),
-                max_kv_len=int(kv_lens.max()),
-            ),
-            backend=self._attention_backend,
-        )
-        hidden = self._model(token_ids, self._kv_caches, attention)
-        if copies:
-            copy_blocks(self._kv_caches, *(blocks.long() for blocks in copies))
-        table.length[all_slots.long()] = row_lengths
+        prefill = GpuPrefill.of(batch, self._table, self._block_size, self._attention_backend)
+        hidden = self._model(prefill.token_ids, self._kv_caches, prefill.attention)
+        if prefill.block_copies:
+            copy_blocks(self._kv_caches, *(blocks.long() for blocks in prefill.block_copies))
+        self._table.length[prefill.row_slots.long()] = prefill.row_lengths
         self._step.fill_(1)  # what `prepare` does in a decode step
-        logits = self._model.logits(hidden[last_rows.long()])
-        return hidden, [self._sample(logits, sampling_slots, needs)]
-
-    def _to_device(self, *rows: npt.NDArray[np.integer]) -> list[Tensor]:
-        """Host arrays as int32 tensors, in one copy.
-
-        Each begins at a multiple of 16 bytes: for other pointers Triton compiles a kernel anew.
-        """
-        width = -(-max(map(len, rows)) // 4) * 4
-        host = np.zeros((len(rows), width), dtype=np.int32)
-        for row, values in zip(host, rows, strict=True):
-            row[: len(values)] = values
-        device = self._table.to_device(host)
-        return [row[: len(values)] for row, values in zip(device, rows, strict=True)]
+        # Every row samples; one whose chunk is not the last does so on the idle slot.
+        logits = self._model.logits(hidden[prefill.last_tokens.long()])
+        return hidden, [self._sample(logits, prefill.sampling_slots, needs)]
 
     def _sample(
         self, logits: Tensor, slots: Tensor, needs: DeviceNeeds | None = None
@@ -350,39 +252,6 @@ class GpuRunner:
             min_p=table.min_p,
         )
 
-    def _free_bytes(self, config: ResolvedConfig) -> int:
-        """What the worst prefill and the widest decode step leave of the allowed memory."""
-        torch.cuda.reset_peak_memory_stats(self._device)
-        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-        query_len = min(config.max_num_batched_tokens // num_seqs, config.max_model_len - 1)
-        query_lens = np.full(num_seqs, query_len, dtype=np.int32)
-        nothing = np.zeros(0, dtype=np.int32)
-        update = BlockTableUpdate(slots=nothing, indices=nothing, block_ids=nothing)
-        self._launch(
-            PrefillBatch(
-                admissions=(),
-                block_table_update=update,
-                slots=np.full(num_seqs, self._table.idle_slot, dtype=np.int32),
-                token_ids=np.zeros(num_seqs * query_len, dtype=np.int32),
-                start_positions=np.zeros(num_seqs, dtype=np.int32),
-                query_lens=query_lens,
-                is_last_chunk=np.zeros(num_seqs, dtype=np.bool_),
-            )
-        )
-        idle = np.full(config.max_num_seqs, self._table.idle_slot, dtype=np.int32)
-        self._launch(DecodeBatch(block_table_update=update, slots=idle, num_steps=1))
-        torch.cuda.synchronize(self._device)
-        self._table.length.zero_()
-        free, total = torch.cuda.mem_get_info(self._device)
-        peak = torch.cuda.max_memory_allocated(self._device)
-        others = total - free - torch.cuda.memory_reserved(self._device)
-        torch.cuda.empty_cache()
-        kept = _GRAPH_BYTES
-        if config.tensor_parallel_size > 1:  # every rank's logits, and the same side by side
-            model = self._model
-            kept += 2 * config.max_num_seqs * model.config.vocab_size * model.norm.weight.itemsize
-        return int(total * config.gpu_memory_utilization) - others - peak - kept
-
     def _compile_kernels(self) -> None:
         """Run every kernel once, on the idle slot."""
         dtype = self._model.embed_tokens.weight.dtype
@@ -404,19 +273,3 @@ class GpuRunner:
             self._device,
         )
         torch.cuda.synchronize(self._device)
-
-    def _capture(self) -> None:
-        """Capture the step of every batch size, the largest first: the others fit its memory.
-
-        "relaxed", since cuBLAS loads some sizes' kernels in their capture.
-        """
-        self._decode_step(self._batch_sizes[-1])
-        torch.cuda.synchronize(self._device)
-        pool = None
-        for size in reversed(self._batch_sizes):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
-                self._decode_step(size)
-            pool = graph.pool()
-            self._graphs[size] = graph
-        self._graphs = dict(sorted(self._graphs.items()))

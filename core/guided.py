@@ -1,8 +1,8 @@
-"""Guided rows: sequences whose next token a grammar narrows; what the scheduler asks of it.
+"""Guided sequences: those whose next token a grammar narrows; what the scheduler asks of it.
 
-A step of theirs comes in two halves, so that the host works out the masks while the device computes
-the logits. Where the grammar leaves one way to go on, the host goes it: such tokens are computed by
-a prefill and not one by one. A sequence that thinks first is a free one until its thought ends.
+A step of theirs comes in two halves (half_steps.py). Where the grammar leaves one way to go on, the
+host goes it: such tokens are computed by a prefill and not one by one. A sequence that thinks first
+is a free one until its thought ends.
 """
 
 from collections.abc import Sequence as Seq
@@ -14,6 +14,7 @@ import numpy as np
 from nanovllm_cli.core.batch import RowNeeds, TokenMasks
 from nanovllm_cli.core.grammar import Grammars
 from nanovllm_cli.core.sequence import Sequence
+from nanovllm_cli.core.stats import EngineStats
 
 LEAST_FORCED = 4  # tokens for which a running sequence is taken out of its steps
 
@@ -46,6 +47,16 @@ def forced_token_ids(sequence: Sequence) -> list[int]:
     forced = guide.forced_token_ids()[:-1]
     room = max(sequence.max_length - sequence.num_tokens - 1, 0)
     return list(takewhile(lambda i: i not in sequence.stop_token_ids, forced[:room]))
+
+
+def append_forced(sequence: Sequence, stats: EngineStats) -> None:
+    """Add the tokens that a guided sequence must go on with; a prefill has to follow."""
+    token_ids = forced_token_ids(sequence)
+    if token_ids and (guide := sequence.guide) is not None:
+        guide.accept(token_ids)
+        sequence.append(np.asarray(token_ids, dtype=np.int32))
+        stats.num_completion_tokens += len(token_ids)
+        stats.num_forced_tokens += len(token_ids)
 
 
 def worth_forcing(sequences: Seq[Sequence | None], masks: TokenMasks) -> list[Sequence]:

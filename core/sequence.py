@@ -1,4 +1,4 @@
-"""Sequence: a request on its way through the engine. Only the scheduler changes one."""
+"""Sequence: a request on its way through the engine. Only the scheduler's files change one."""
 
 from enum import Enum, auto
 

@@ -15,7 +15,8 @@ from nanovllm_cli.core.config import EngineConfig, ModelConfig, RopeConfig
 from nanovllm_cli.core.engine import build_model
 from nanovllm_cli.core.errors import GpuFailed, MemoryTooSmall, UserError
 from nanovllm_cli.core.gpu_errors import gpu_errors
-from nanovllm_cli.core.gpu_runner import GpuLaunch, GpuRunner
+from nanovllm_cli.core.gpu_launch import GpuLaunch
+from nanovllm_cli.core.gpu_runner import GpuRunner
 
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.80 GiB of "
@@ -84,7 +85,7 @@ def test_a_failure_of_the_gpu_in_a_launch_is_named(error: Exception) -> None:
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: str(error)[:40])
 def test_a_failure_that_shows_only_when_the_tokens_are_read_is_named(error: Exception) -> None:
-    launch = GpuLaunch(Raises(error), torch.zeros(4, 1))  # type: ignore[arg-type]
+    launch = GpuLaunch(done=Raises(error), out=torch.zeros(4, 1))  # type: ignore[arg-type]
     with pytest.raises(GpuFailed, match=r"^the GPU failed: "):
         launch.result()
 

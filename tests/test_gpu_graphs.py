@@ -14,7 +14,8 @@ from torch import Tensor
 from nanovllm_cli.core.batch import BatchResult, BlockTableUpdate, DecodeBatch
 from nanovllm_cli.core.block_manager import SCRATCH_BLOCK
 from nanovllm_cli.core.config import EngineConfig
-from nanovllm_cli.core.gpu_runner import GpuRunner, graph_batch_sizes
+from nanovllm_cli.core.cuda_graphs import graph_batch_sizes
+from nanovllm_cli.core.gpu_runner import GpuRunner
 from nanovllm_cli.core.resolved_config import resolve
 from nanovllm_cli.core.slot_table import SlotTable
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from nanovllm_cli.core import guided, scheduler
+from nanovllm_cli.core import guided
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.engine import Engine
 from nanovllm_cli.core.engine_process import EngineProcess
@@ -184,7 +184,7 @@ def test_forced_tokens_are_those_that_steps_give(
     assert tokens(running, MIXED) == alone
     assert running.stats.num_forced_tokens > 100
     monkeypatch.setattr(guided, "LEAST_FORCED", 10**9)
-    monkeypatch.setattr(scheduler, "forced_token_ids", lambda sequence: [])
+    monkeypatch.setattr(guided, "forced_token_ids", lambda sequence: [])
     stepping = engine()
     assert tokens(stepping, MIXED) == alone
     assert stepping.stats.num_forced_tokens == 0
@@ -349,7 +349,7 @@ def test_penalties_count_forced_tokens_as_well() -> None:
     requests = [ask(i, grammar=grammar, **penalties) for i in range(4)]
     at_once = tokens(engine(), requests)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "forced_token_ids", lambda sequence: [])
+        patch.setattr(guided, "forced_token_ids", lambda sequence: [])
         patch.setattr(guided, "LEAST_FORCED", 10**9)
         assert tokens(engine(), requests) == at_once
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanovllm_cli.core import guided, scheduler
+from nanovllm_cli.core import guided
 from nanovllm_cli.core.batch import (
     Admission,
     Batch,
@@ -26,9 +26,12 @@ from nanovllm_cli.core.batch import (
     SampleBatch,
 )
 from nanovllm_cli.core.grammar import GrammarError
+from nanovllm_cli.core.half_steps import HalfSteps
+from nanovllm_cli.core.prefill_queue import PrefillQueue
 from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output, Request
 from nanovllm_cli.core.scheduler import Scheduler
 from nanovllm_cli.core.sequence import Sequence
+from nanovllm_cli.core.unread_launches import UnreadLaunches
 
 from .test_scheduler import (
     Device,
@@ -43,6 +46,7 @@ from .test_scheduler import (
     _empty_result,
     check,
     mix,
+    put_into_schedulers,
     random_workload,
     run_workload,
     slots_of,
@@ -392,30 +396,27 @@ def test_10000_random_guided_workloads_answer_as_each_request_alone(first: int) 
 # Mistakes made on purpose: the oracle must see each of them
 
 
-class DrawsBeforeItReads(GuidedScheduler):
-    def schedule(self) -> Batch | None:
-        return self._schedule_sample() or self._schedule_prefill() or self._schedule_decode()
+class DrawsBeforeItReads(HalfSteps):
+    waits_for_tokens = False  # type: ignore[assignment]
 
 
-class ResumesWithoutAnAdmission(GuidedScheduler):
-    def _resume(self) -> Sequence | None:
-        sequence = super()._resume()
+class ResumesWithoutAnAdmission(PrefillQueue):
+    def _next_resumed(self) -> Sequence | None:
+        sequence = super()._next_resumed()
         if sequence is not None:
-            self._new_admissions.pop()
+            self._running._new_admissions.pop()
         return sequence
 
 
-class StopsAtTheEndOfTheThought(GuidedScheduler):
-    def _begin_grammar(self, sequence: Sequence) -> None:
-        super()._begin_grammar(sequence)
-        sequence.grammar_after = END_THINK
+class StopsAtTheEndOfTheThought(PrefillQueue):
+    def resume(self, sequence: Sequence, num_stored_tokens: int) -> None:
+        super().resume(sequence, num_stored_tokens)
+        sequence.grammar_after = sequence.request.sampling.grammar_after_token_id
 
 
-class DrawsForcedTokensAsWell(GuidedScheduler):
-    def _launch(self, sequences: Seq[Sequence | None], num_steps: int) -> None:
-        waiting = [s for s in self._resumed if s not in sequences]
-        rows = [waiting.pop() if s is None and waiting else s for s in sequences]
-        super()._launch(rows, num_steps)
+class DrawsForcedTokensAsWell(UnreadLaunches):
+    def drop(self, sequence: Sequence) -> None:
+        sequence.num_in_flight_tokens = 0
 
 
 @pytest.mark.parametrize(
@@ -427,15 +428,16 @@ class DrawsForcedTokensAsWell(GuidedScheduler):
         DrawsForcedTokensAsWell,
     ],
 )
-def test_the_oracle_sees_a_scheduler_that(mistake: type[Scheduler]) -> None:
+def test_the_oracle_sees_a_scheduler_that(mistake: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_into_schedulers(mistake, monkeypatch)
     with pytest.raises(AssertionError):  # an OracleError is one
-        run_some(mistake)
+        run_some()
 
 
-def run_some(scheduler_class: type[Scheduler]) -> None:
+def run_some() -> None:
     for seed in range(300):
         workload = guided_workload(seed)
-        run_workload(workload, scheduler_class=scheduler_class, world_class=GuidedWorld)
+        run_workload(workload, scheduler_class=GuidedScheduler, world_class=GuidedWorld)
 
 
 def test_the_oracle_sees_tokens_counted_as_stored_that_are_not(
@@ -443,7 +445,7 @@ def test_the_oracle_sees_tokens_counted_as_stored_that_are_not(
 ) -> None:
     monkeypatch.setattr(Sequence, "set_stored", lambda sequence, num_stored_tokens: None)
     with pytest.raises((AssertionError, IndexError)):
-        run_some(GuidedScheduler)
+        run_some()
 
 
 @pytest.mark.parametrize("least", [1, 10**9])
@@ -452,5 +454,5 @@ def test_how_many_tokens_are_forced_changes_no_answer(
 ) -> None:
     monkeypatch.setattr(guided, "LEAST_FORCED", least)
     if least > 1:
-        monkeypatch.setattr(scheduler, "forced_token_ids", lambda sequence: [])
+        monkeypatch.setattr(guided, "forced_token_ids", lambda sequence: [])
     assert (coverage_of(range(150))["forced"] > 0) == (least == 1)

@@ -26,7 +26,7 @@ import tokenizers
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
 
 from nanovllm_cli.builtin_configs import builtin_config
-from nanovllm_cli.core import guided, scheduler
+from nanovllm_cli.core import guided
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.engine import Engine
 from nanovllm_cli.core.request import Completion, Request
@@ -137,7 +137,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps_only:
         guided.LEAST_FORCED = 1 << 30
-        scheduler.forced_token_ids = lambda sequence: []
+        guided.forced_token_ids = lambda sequence: []
     config = EngineConfig(max_num_seqs=arguments.rows)
     with tempfile.TemporaryDirectory() as directory:
         path, sizes = Path(directory), None
