@@ -1,6 +1,7 @@
 """What several test files share: tiny checkpoints made here, never downloaded, and a way to run."""
 
 import os
+import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ collect_ignore_glob = [] if HAS_TRITON else ["test_triton_*.py"]
 # The same examples on every run: a red test is red again, and nothing is written to the checkout.
 settings.register_profile("push", derandomize=True, deadline=None, database=None)
 settings.load_profile("push")
+
+# Under nohup, and in the background of a script, these are ignored, and would be so in every job
+# that a test starts: a command leaves ignored what it finds ignored.
+for _number, _default in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _default)
 
 # Models this small only lose time to threads; the number never changes within a run.
 torch.set_num_threads(1)
