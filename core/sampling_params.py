@@ -78,13 +78,8 @@ class SamplingParams:
             _check("the tokens of a bad word", len(word), is_short, f"1 to {MAX_BAD_WORD_TOKENS}")
 
     @property
-    def changes_logits(self) -> bool:
-        """Whether anything but the filters and the temperature stands before the choice."""
-        return self.adjusts_logits or self.grammar is not None
-
-    @property
     def adjusts_logits(self) -> bool:
-        """Whether anything but a grammar does: what the device sees to by itself."""
+        """Whether logits are changed, by anything but a grammar: the device sees to it by itself."""
         return bool(
             self.logit_bias
             or self.bad_words

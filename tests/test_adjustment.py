@@ -139,7 +139,7 @@ def test_rows_that_ask_for_nothing_allocate_nothing(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("nanovllm_cli.core.token_choice.AdjustmentTable", refuse)
     monkeypatch.setattr("nanovllm_cli.core.token_choice.TokenChoice.choose", refuse)
-    plain = [r for r in adjusted_requests(9) if not r.sampling.changes_logits]
+    plain = [r for r in adjusted_requests(9) if not r.sampling.adjusts_logits]
     assert len(answers(tiny_engine(), plain)) == 3
 
 
