@@ -79,7 +79,7 @@ class SamplingParams:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether logits are changed, by anything but a grammar: the device sees to it by itself."""
+        """Whether anything but a grammar changes logits: the device sees to that by itself."""
         return bool(
             self.logit_bias
             or self.bad_words
