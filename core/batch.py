@@ -173,16 +173,39 @@ class DecodeBatch:
     needs: RowNeeds | None = None
 
 
+MAX_FORCED_TOKENS = 32  # of a slot in a launch
+DRAWN_LAST = -1  # stands for the token that a slot has drawn last, which only the device may know
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForcedTokens:
+    """What the slots of a step go on with, where some have tokens that nobody draws.
+
+    token_ids: [num_tokens], slot after slot: a slot's forced tokens, or DRAWN_LAST alone.
+    """
+
+    token_ids: Int32
+    start_positions: Int32  # [num_seqs], of each slot's first token here
+    query_lens: Int32  # [num_seqs], tokens of each slot here
+
+    @property
+    def rows(self) -> Int32:
+        """Which slots have forced ones: ascending indices."""
+        first_tokens = np.cumsum(self.query_lens) - self.query_lens
+        return np.flatnonzero(self.token_ids[first_tokens] != DRAWN_LAST).astype(np.int32)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardBatch:
     """The first half of a decode step: the logits after each slot's tokens.
 
-    They stay on the device for the SampleBatch that is the next launch; nothing comes back.
+    They stay on the device for the SampleBatch that is the next launch; nothing comes back. What a
+    slot with forced tokens has drawn before is of no use.
     """
 
-    admissions: tuple[Admission, ...]
     block_table_update: BlockTableUpdate
     slots: Int32  # [num_seqs]
+    forced: ForcedTokens | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

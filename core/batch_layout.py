@@ -20,6 +20,7 @@ from nanovllm_cli.core.batch import (
     BlockTableUpdate,
     Bool,
     DecodeBatch,
+    ForcedTokens,
     ForwardBatch,
     Int32,
     PrefillBatch,
@@ -31,9 +32,9 @@ from nanovllm_cli.core.batch import (
 )
 
 _KINDS = (PrefillBatch, DecodeBatch, ForwardBatch, SampleBatch)
-# Kind, steps, arrays, admissions, has twins, has needs, their logprobs, has masks, has targets,
-# their logprobs
-_HEADER = struct.Struct("<10i")
+# Kind, steps, arrays, admissions, has forced tokens, has twins, has needs, their logprobs, has
+# masks, has targets, their logprobs
+_HEADER = struct.Struct("<11i")
 # slot, top_k, min_length, max_length, bytes of JSON, seed, temperature, top_p, min_p
 _ADMISSION = struct.Struct("<5iQ3d")
 _ADJUSTMENT_FIELDS = (
@@ -47,19 +48,21 @@ def encode_batch(batch: Batch) -> bytes:
     arrays: list[Int32 | Bool] = [batch.slots]
     num_steps = 0
     admissions: tuple[Admission, ...] = ()
-    twins, needs, targets = None, None, None
+    forced, twins, needs, targets = None, None, None, None
     if not isinstance(batch, SampleBatch):
         update = batch.block_table_update
         arrays += [update.slots, update.indices, update.block_ids]
     if isinstance(batch, PrefillBatch):
         arrays += [batch.start_positions, batch.query_lens, batch.is_last_chunk, batch.token_ids]
-        twins, targets = batch.twins, batch.prompt_targets
+        twins, targets, admissions = batch.twins, batch.prompt_targets, batch.admissions
     if isinstance(batch, DecodeBatch):
         num_steps = batch.num_steps
-    if isinstance(batch, PrefillBatch | ForwardBatch):
-        admissions = batch.admissions
-    if not isinstance(batch, ForwardBatch):
+    if isinstance(batch, ForwardBatch):
+        forced = batch.forced
+    else:
         needs = batch.needs
+    if forced is not None:
+        arrays += [forced.token_ids, forced.start_positions, forced.query_lens]
     if twins is not None:
         arrays += [twins.slots, twins.leaders, twins.sources, twins.targets]
     if needs is not None:
@@ -95,6 +98,7 @@ def encode_batch(batch: Batch) -> bytes:
         num_steps,
         len(arrays),
         len(records),
+        forced is not None,
         twins is not None,
         needs is not None,
         0 if needs is None else needs.num_logprobs,
@@ -110,7 +114,7 @@ def encode_batch(batch: Batch) -> bytes:
 def decode_batch(payload: bytes) -> Batch:
     """What `encode_batch` was given."""
     (
-        kind, num_steps, num_arrays, num_admissions, has_twins,
+        kind, num_steps, num_arrays, num_admissions, has_forced, has_twins,
         has_needs, num_logprobs, has_masks, has_targets, num_prompt_logprobs,
     ) = _HEADER.unpack_from(payload)  # fmt: skip
     lengths = np.frombuffer(payload, dtype=np.int32, offset=_HEADER.size, count=num_arrays)
@@ -131,6 +135,10 @@ def decode_batch(payload: bytes) -> Batch:
         fields["is_last_chunk"], fields["token_ids"] = next(arrays) != 0, next(arrays)
     if batch_type is DecodeBatch:
         fields["num_steps"] = num_steps
+    if has_forced:
+        fields["forced"] = ForcedTokens(
+            token_ids=next(arrays), start_positions=next(arrays), query_lens=next(arrays)
+        )
     if has_twins:
         fields["twins"] = Twins(
             slots=next(arrays), leaders=next(arrays), sources=next(arrays), targets=next(arrays)
@@ -146,7 +154,7 @@ def decode_batch(payload: bytes) -> Batch:
         fields["prompt_targets"] = PromptTargets(
             hidden_rows=next(arrays), token_ids=next(arrays), num_logprobs=num_prompt_logprobs
         )
-    if batch_type in (PrefillBatch, ForwardBatch):
+    if batch_type is PrefillBatch:
         records = _ADMISSION.iter_unpack(memoryview(payload)[records_start:records_end])
         texts = payload[records_end + joined.nbytes :]
         fields["admissions"] = tuple(_admissions(records, arrays, texts))

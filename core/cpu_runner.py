@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from nanovllm_cli.core.batch import (
+    DRAWN_LAST,
     Admission,
     Batch,
     BatchResult,
     DecodeBatch,
+    ForcedTokens,
     Int32,
     PrefillBatch,
     RowNeeds,
@@ -99,8 +101,11 @@ class CpuRunner:
             return CpuLaunch(self._prefill(batch))
         if isinstance(batch, DecodeBatch):
             return CpuLaunch(self._decode(batch))
-        self._admit(batch.admissions)
-        self._half_step = self._step_logits(torch.from_numpy(batch.slots).long())
+        slots = torch.from_numpy(batch.slots).long()
+        forced = batch.forced
+        self._half_step = (
+            self._step_logits(slots) if forced is None else self._forced_logits(slots, forced)
+        )
         return None
 
     def _admit(self, admissions: tuple[Admission, ...]) -> None:
@@ -157,6 +162,21 @@ class CpuRunner:
         positions = (self._table.length[slots] - 1).numpy().astype(np.int32)
         hidden = self._forward(self._table.last_token[slots], slots, query_lens, positions)
         return rows, self._logits(hidden[rows])
+
+    def _forced_logits(self, slots: Tensor, forced: ForcedTokens) -> tuple[Tensor, Tensor]:
+        """As `_step_logits`, after forced tokens or the last one."""
+        table = self._table
+        rows_of_tokens = torch.from_numpy(np.repeat(np.arange(len(slots)), forced.query_lens))
+        token_ids = torch.from_numpy(forced.token_ids).long()
+        drawn = table.last_token[slots][rows_of_tokens]
+        token_ids = torch.where(token_ids == DRAWN_LAST, drawn, token_ids)
+        forced_rows = torch.from_numpy(forced.rows).long()
+        lengths = torch.from_numpy(forced.start_positions + forced.query_lens)
+        table.put_lengths(slots[forced_rows], lengths[forced_rows])
+        rows = torch.nonzero(~table.is_finished[slots]).squeeze(1)
+        hidden = self._forward(token_ids, slots, forced.query_lens, forced.start_positions)
+        last_tokens = torch.from_numpy(np.cumsum(forced.query_lens) - 1)
+        return rows, self._logits(hidden[last_tokens[rows]])
 
     def _forward(
         self, token_ids: Tensor, slots: Tensor, query_lens: Int32, start_positions: Int32

@@ -1,6 +1,6 @@
-"""CudaGraphs: decode steps as they were captured for some batch sizes, and their replay."""
+"""CudaGraphs: decode steps as they were captured for some sizes, and their replay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def graph_batch_sizes(max_num_seqs: int) -> list[int]:
 
 
 class CudaGraphs:
-    """Whole steps, captured at once, and such without the draw, each when it is first needed.
+    """Whole steps, captured at once, and parts of others, each when it is first needed.
 
     What is captured is an argument and not kept: nothing here leads back to the runner, so that the
     graphs are gone as soon as it is.
@@ -33,8 +33,8 @@ class CudaGraphs:
         "relaxed", since cuBLAS loads some sizes' kernels in their capture.
         """
         self._steps: dict[int, torch.cuda.CUDAGraph] = {}
-        # And the hidden states that each writes.
-        self._forwards: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        # And what each writes.
+        self._others: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         step(sizes[-1])
         torch.cuda.synchronize(device)
         pool = None
@@ -49,14 +49,14 @@ class CudaGraphs:
         """A whole step of that size."""
         self._steps[size].replay()
 
-    def forward(self, size: int, hidden_of: Callable[[int], Tensor]) -> Tensor:
-        """The hidden states of a step of that size, as `hidden_of` gives them."""
-        if size not in self._forwards:
+    def output_of(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives: by a graph, which is captured when its key first comes."""
+        if key not in self._others:
             graph = torch.cuda.CUDAGraph()
-            pool = self._steps[size].pool()
+            pool = next(iter(self._steps.values())).pool()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"):
-                hidden = hidden_of(size)
-            self._forwards[size] = graph, hidden
-        graph, hidden = self._forwards[size]
+                output = make()
+            self._others[key] = graph, output
+        graph, output = self._others[key]
         graph.replay()
-        return hidden
+        return output

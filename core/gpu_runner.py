@@ -6,6 +6,8 @@ for more than a draw, each step replays a graph of the model alone, captured whe
 needed, and what token_choice.py does follows eagerly; nothing waits there either.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from nanovllm_cli.core.batch import (
     Admission,
     Batch,
     DecodeBatch,
+    ForcedTokens,
     ForwardBatch,
     Int32,
     PrefillBatch,
@@ -23,6 +26,7 @@ from nanovllm_cli.core.batch import (
 from nanovllm_cli.core.cuda_graphs import CudaGraphs, graph_batch_sizes
 from nanovllm_cli.core.gpu_attention import DecodeAttention
 from nanovllm_cli.core.gpu_errors import gpu_errors
+from nanovllm_cli.core.gpu_forced import ForcedSteps
 from nanovllm_cli.core.gpu_launch import GpuLaunch
 from nanovllm_cli.core.gpu_prefill import GpuPrefill
 from nanovllm_cli.core.kernel_warm_up import layer_kernels, run_side_by_side
@@ -43,6 +47,8 @@ from nanovllm_cli.kernels.decode_attention import DecodePlan, plan_decode_attent
 from nanovllm_cli.kernels.decode_step import OUT_ROWS_BEFORE_TOKENS, advance, prepare
 from nanovllm_cli.kernels.fused_sampling import sample
 
+LARGEST_FORCED_GRAPH = 2048  # tokens; from there on the GPU takes longer than the launches
+
 
 class GpuRunner:
     """Runs launches one after the other, in the order they come."""
@@ -59,6 +65,7 @@ class GpuRunner:
         self._staging = Staging(device, num_arenas=config.max_launches_in_flight + 2)
         self._table = SlotTable(max_num_seqs, blocks_per_sequence(config), device, self._staging)
         self._choice = TokenChoice(self._table, model.config.vocab_size)
+        self._forced_steps = ForcedSteps(self._table, max_num_seqs, config.block_size, model)
         self._is_choice_compiled = False
         self._plan = DecodePlan.allocate(
             max_num_seqs=max_num_seqs,
@@ -108,8 +115,13 @@ class GpuRunner:
             self._table.extend_block_tables(batch.block_table_update)
             self._step.zero_()
         if isinstance(batch, ForwardBatch):
-            self._admit(batch.admissions)
-            self._half_step = self._forward(self._take_slots(batch.slots))
+            size = self._take_slots(batch.slots)
+            forced = batch.forced
+            self._half_step = (
+                self._forward(size)
+                if forced is None
+                else self._forced_forward(size, batch.slots, forced)
+            )
             return None
         self._out[:OUT_ROWS_BEFORE_TOKENS].zero_()
         num_steps, needs, asked = 1, self._needs(batch.needs), None
@@ -184,9 +196,21 @@ class GpuRunner:
 
     def _forward(self, size: int) -> Tensor:
         """The logits of a step of the first `size` entries of the slot list."""
+        hidden_of = partial(self._hidden, size)
         if self._graphs is None:
-            return self._model.logits(self._hidden(size))
-        return self._model.logits(self._graphs.forward(size, self._hidden))
+            return self._model.logits(hidden_of())
+        return self._model.logits(self._graphs.output_of(("step", size), hidden_of))
+
+    def _forced_forward(self, size: int, slots: Int32, forced: ForcedTokens) -> Tensor:
+        """The logits of these slots, which are the first of `size` entries of the slot list."""
+        num_tokens = self._forced_steps.put(slots, forced)
+        hidden_of = partial(self._forced_steps.hidden, num_tokens, self._model, self._kv_caches)
+        if self._graphs is None or num_tokens > LARGEST_FORCED_GRAPH:
+            hidden = hidden_of()
+        else:
+            hidden = self._graphs.output_of(("forced", num_tokens), hidden_of)
+        self._step.fill_(1)  # what `prepare` does in a decode step
+        return self._model.logits(hidden[:size])
 
     def _prepare(self, size: int) -> DecodeAttention:
         slots, table = self._slots[:size], self._table

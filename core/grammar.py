@@ -7,11 +7,12 @@ refused; everything else runs.
 """
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,19 @@ else:
 
 NEEDS_LLGUIDANCE = "a grammar needs the package llguidance: pip install 'nanovllm-cli[json]'"
 _MAX_COMPILED = 1024  # grammars kept; a JSON schema of 20 properties takes about 20 KB
+# What is made of one compiled grammar shares a lexer, and waits for its lock: so many share one,
+# and then another is compiled, while there are fewer than threads.
+_MATCHERS_PER_LEXER = 16
+_MAX_LEXERS = 16
+# Tokens that stand inside a JSON string, by their length: where a string has room for all of a
+# slice, its part of the mask is known. llguidance's own have none below 10 characters, and every
+# string near its maxLength goes through the whole vocabulary: these take a fifth off such masks.
+_TEXT = r'[^"\\\x00-\x1F\x7F]'
+_SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_TEXT}{{1,{length}}}" for length in (3, 5, 7, 10, 15, 20, 30)),
+    f"{_TEXT}+",
+]
 BITS_PER_WORD = 32
 
 
@@ -45,6 +59,10 @@ class Matcher:
     def accept(self, token_ids: Iterable[int]) -> bool:
         """Move on by tokens that were drawn under the masks; False where they do not fit."""
         return self.inner.consume_tokens(list(token_ids))
+
+    def take_back(self, num_tokens: int) -> None:
+        """Go back by that many of the tokens last accepted."""
+        self.inner.rollback(num_tokens)
 
     def forced_token_ids(self) -> list[int]:
         """The tokens that must come next, as far as the grammar and the tokenizer leave no choice.
@@ -75,8 +93,25 @@ class _Vocabulary(NamedTuple):
     eos_token_ids: tuple[int, ...]
 
 
+class _Compiled:
+    """One grammar, compiled again when many stand in it at once: as many lexers as threads."""
+
+    def __init__(self, first: "llguidance.LLMatcher", compile_again: Callable[[], Any]) -> None:
+        self._lexers = [first]
+        self._compile_again = compile_again
+        self._num_matchers = 0
+
+    def matcher(self) -> Matcher:
+        """At the beginning."""
+        most = min(_MAX_LEXERS, len(os.sched_getaffinity(0)))
+        if len(self._lexers) < min(most, self._num_matchers // _MATCHERS_PER_LEXER):
+            self._lexers.append(self._compile_again())
+        self._num_matchers += 1
+        return Matcher(self._lexers[self._num_matchers % len(self._lexers)].deep_copy())
+
+
 class Grammars:
-    """The grammars for one tokenizer, each compiled once; nothing is loaded before the first.
+    """The grammars for one tokenizer, compiled when first asked for; nothing is loaded before.
 
     tokenizer_path: the directory with tokenizer.json, None where there is no tokenizer;
     eos_token_ids: those that may end a text, () for the tokenizer's own.
@@ -101,7 +136,7 @@ class Grammars:
         compiled = self._compiled(grammar)
         if isinstance(compiled, GrammarError):
             raise compiled
-        return Matcher(compiled.deep_copy())
+        return compiled.matcher()
 
     def masks(self, matchers: Seq[Matcher]) -> Int32:
         """The tokens that may come next: bits, the lowest first, [num_matchers, vocab_size / 32].
@@ -142,19 +177,24 @@ class Grammars:
                 json.dumps(content),
                 n_vocab=self._vocab_size,
                 eos_token=self._given_eos_token_ids or None,
+                slices=_SLICES,
             )
         except (OSError, ValueError) as error:
             return GrammarError(f"{file} cannot be used for grammars: {error}")
         return _Vocabulary(tokenizer, llguidance.LLExecutor(), tuple(tokenizer.eos_tokens))
 
-    def _compile(self, grammar: str) -> "llguidance.LLMatcher | GrammarError":
+    def _compile(self, grammar: str) -> _Compiled | GrammarError:
         """Errors are kept as well: ten thousand rows may have the same bad grammar."""
         vocabulary = self._vocabulary()
         if isinstance(vocabulary, GrammarError):
             return vocabulary
         limits = llguidance.LLParserLimits(verbose_errors=False)
-        matcher = llguidance.LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=limits)
-        return GrammarError(_message_of(matcher)) if matcher.is_error() else matcher
+
+        def compiled() -> "llguidance.LLMatcher":
+            return llguidance.LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=limits)
+
+        first = compiled()
+        return GrammarError(_message_of(first)) if first.is_error() else _Compiled(first, compiled)
 
 
 def _message_of(matcher: "llguidance.LLMatcher") -> str:

@@ -2,27 +2,39 @@
 
 The first gives the logits, and is planned before the tokens of the step before are read. The second
 draws under masks that depend on these tokens, and so is planned after that: the host works the
-masks out while the device computes the logits.
+masks out while the device computes the logits. For a sequence whose next tokens its grammar forces
+nothing is drawn: the next step takes all of them at once.
 """
 
-from nanovllm_cli.core.batch import ForwardBatch, SampleBatch, TokenMasks
-from nanovllm_cli.core.guided import worth_forcing
-from nanovllm_cli.core.prefill_queue import PrefillQueue
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from nanovllm_cli.core.batch import DRAWN_LAST, ForcedTokens, ForwardBatch, SampleBatch
+from nanovllm_cli.core.guided import append_some, worth_forcing
 from nanovllm_cli.core.running_set import RunningSet, slots_of
 from nanovllm_cli.core.sequence import Sequence, SequenceStatus
+from nanovllm_cli.core.stats import EngineStats
 from nanovllm_cli.core.unread_launches import UnreadLaunches
 
 
 class HalfSteps:
     """At most one step whose second half is to come."""
 
-    def __init__(self, running: RunningSet, unread: UnreadLaunches, prefills: PrefillQueue) -> None:
+    def __init__(
+        self,
+        running: RunningSet,
+        unread: UnreadLaunches,
+        stats: EngineStats,
+        *,
+        max_num_batched_tokens: int,
+    ) -> None:
         self._running = running
         self._unread = unread
-        self._prefills = prefills
+        self._stats = stats
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._forwarded: list[Sequence] = []
         self._forwarded_slots = slots_of([])
-        self._masked: tuple[list[Sequence | None], TokenMasks] | None = None  # of the last step
 
     @property
     def waits_for_tokens(self) -> bool:
@@ -34,30 +46,49 @@ class HalfSteps:
         """The first half of a step, for which they hold the blocks already."""
         self._forwarded, self._forwarded_slots = sequences, slots_of(sequences)
         return ForwardBatch(
-            admissions=(),
             block_table_update=self._running.take_block_table_update(),
             slots=self._forwarded_slots,
+            forced=_take_forced(sequences),
         )
 
     def plan_sample(self) -> SampleBatch | None:
-        """The second half of a step, for those that still want its token."""
+        """The second half of a step, for those that still want its token; None: nobody does."""
         forwarded, self._forwarded = self._forwarded, []
         rows = [s if s.status is SequenceStatus.RUNNING else None for s in forwarded]
+        self._force(rows)
         needs = self._running.needs(rows)
         if needs is None or needs.masks is None:
             return None
         self._unread.add(rows, [0 if s is None else 1 for s in rows])
-        self._masked = rows, needs.masks
         return SampleBatch(slots=self._forwarded_slots, needs=needs)
 
-    def fast_forward(self) -> None:
-        """Put sequences into the next prefill that go on with tokens known without a step.
+    def _force(self, rows: list[Sequence | None]) -> None:
+        """Let rows go on with tokens known without a draw, and take them out."""
+        budget = self._max_num_batched_tokens - len(rows)
+        for row, token_ids in worth_forcing(rows).items():
+            sequence = rows[row]
+            assert sequence is not None, "a row without a sequence has no grammar"
+            num_stored = sequence.num_tokens
+            num_forced = append_some(sequence, token_ids[: max(budget, 0)], self._stats)
+            if num_forced:
+                sequence.set_stored(num_stored)
+                budget -= num_forced
+                rows[row] = None
 
-        While the device draws the last ones: what it draws for these is of no use.
-        """
-        if self._masked is None:
-            return
-        (rows, masks), self._masked = self._masked, None
-        running = [s if s is not None and s.slot is not None else None for s in rows]
-        for sequence in worth_forcing(running, masks):
-            self._prefills.resume(sequence, sequence.planned_length - 1)
+
+def _take_forced(sequences: Seq[Sequence]) -> ForcedTokens | None:
+    """The tokens of a step; None where each sequence has the one that it draws last."""
+    if all(s.num_computed_tokens == s.num_prefilled_tokens for s in sequences):
+        return None
+    drawn_last = np.array([DRAWN_LAST], dtype=np.int32)
+    token_ids, starts = [], []
+    for s in sequences:
+        is_forced = s.num_computed_tokens < s.num_prefilled_tokens
+        starts.append(s.num_computed_tokens if is_forced else s.planned_length - 1)
+        token_ids.append(s.token_ids[s.num_computed_tokens :] if is_forced else drawn_last)
+        s.num_computed_tokens = s.num_prefilled_tokens
+    return ForcedTokens(
+        token_ids=np.concatenate(token_ids),
+        start_positions=np.array(starts, dtype=np.int32),
+        query_lens=np.array([len(ids) for ids in token_ids], dtype=np.int32),
+    )

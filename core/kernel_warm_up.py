@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from nanovllm_cli.core.attention_backend import AttentionBackend, PackedSequences
+from nanovllm_cli.core.batch import MAX_FORCED_TOKENS
 from nanovllm_cli.core.kv_cache import KVCache
 from nanovllm_cli.core.qwen3 import DecoderLayer, Qwen3
 from nanovllm_cli.kernels.decode_attention import DecodePlan, decode_attention
+from nanovllm_cli.kernels.prefill_attention import prefill_attention
 from nanovllm_cli.kernels.qk_norm_rope_store import LARGE_BATCH, qk_norm_rope_store
 from nanovllm_cli.kernels.swiglu import swiglu
 
@@ -71,6 +73,11 @@ def layer_kernels(
         )
         backend.prefill(zeros(1, sizes.num_attention_heads, sizes.head_dim), k, v, sequences)
 
+    def short_prefill() -> None:
+        q, one = zeros(1, sizes.num_attention_heads, sizes.head_dim), ints(1)
+        bounds = torch.arange(2, dtype=torch.int32, device=weight.device)
+        prefill_attention(q, k, v, block_tables, one, bounds, one, MAX_FORCED_TOKENS)
+
     def decode() -> None:
         # As many rows as the plan may have just been made for.
         q = zeros(len(plan.arrivals), sizes.num_attention_heads, sizes.head_dim)
@@ -78,6 +85,7 @@ def layer_kernels(
 
     return [
         prefill,
+        short_prefill,
         decode,
         lambda: store(LARGE_BATCH),
         lambda: store(1),

@@ -1,9 +1,9 @@
 """PrefillQueue: the sequences that go on by a prefill, and the next prefill's plan.
 
-First comes a prompt of which the last prefill took a part, then running sequences with tokens that
-a grammar has forced, then those that wait to run, in order of arrival; who was preempted waits in
-front. What fits is packed into one launch, up to `max_num_batched_tokens`. Who has the very prompt
-of a sequence in the launch is its twin, and computes nothing.
+First comes a prompt of which the last prefill took a part, then running sequences whose grammar
+begins, then those that wait to run, in order of arrival; who was preempted waits in front. What
+fits is packed into one launch, up to `max_num_batched_tokens`. Who has the very prompt of a
+sequence in the launch is its twin, and computes nothing.
 
 Admission leaves a free block for each running sequence, so that a window always runs between a
 preemption and the next admission, and the engine always advances.
@@ -71,7 +71,7 @@ class PrefillQueue:
         self._wait_first(sequence)
 
     def resume(self, sequence: Sequence, num_stored_tokens: int) -> None:
-        """Let a guided sequence go on by a prefill, from what its grammar leaves no choice of.
+        """Let a sequence go on by a prefill, with what its grammar leaves no choice of.
 
         `num_stored_tokens` of its tokens have their KV. What launches not yet read draw for it is
         of no use.

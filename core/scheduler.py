@@ -70,7 +70,12 @@ class Scheduler:
             self.stats,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        self._half_steps = HalfSteps(self._running, self._unread, self._prefills)
+        self._half_steps = HalfSteps(
+            self._running,
+            self._unread,
+            self.stats,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
         self._windows = DecodeWindows(
             block_manager,
             self._running,
@@ -114,11 +119,7 @@ class Scheduler:
         """The next launch, or None where there is nothing to do before tokens are read."""
         if self._half_steps.waits_for_tokens:
             return None
-        sample = self._half_steps.plan_sample()
-        if sample is not None:
-            return sample
-        self._half_steps.fast_forward()
-        return self._prefills.plan() or self._windows.plan()
+        return self._half_steps.plan_sample() or self._prefills.plan() or self._windows.plan()
 
     def update(self, result: BatchResult) -> list[Output]:
         """Take in the oldest launch's tokens; returns what has finished, failed or moved on."""

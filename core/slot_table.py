@@ -77,6 +77,11 @@ class SlotTable:
         ):
             column[slots] = values.to(column.dtype)
 
+    def put_lengths(self, slots: Tensor, lengths: Tensor) -> None:
+        """Let slots go on after tokens that they have not drawn; int64 slots."""
+        self.length[slots] = lengths.to(self.length.dtype)
+        self.is_finished.index_fill_(0, slots, False)
+
     def extend_block_tables(self, update: BlockTableUpdate) -> None:
         """Write new block-table entries."""
         if len(update.slots):

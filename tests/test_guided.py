@@ -179,11 +179,10 @@ def test_mixed_rows_on_a_gpu_end_as_they_must(config: dict[str, Any]) -> None:
 def test_forced_tokens_are_those_that_steps_give(
     alone: dict[int, tuple[list[int], str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guided, "LEAST_FORCED", 1)
+    monkeypatch.setattr(guided, "LEAST_FORCED_PER_ROW", 0)
     running = engine()
     assert tokens(running, MIXED) == alone
     assert running.stats.num_forced_tokens > 100
-    monkeypatch.setattr(guided, "LEAST_FORCED", 10**9)
     monkeypatch.setattr(guided, "forced_token_ids", lambda sequence: [])
     stepping = engine()
     assert tokens(stepping, MIXED) == alone
@@ -350,7 +349,6 @@ def test_penalties_count_forced_tokens_as_well() -> None:
     at_once = tokens(engine(), requests)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guided, "forced_token_ids", lambda sequence: [])
-        patch.setattr(guided, "LEAST_FORCED", 10**9)
         assert tokens(engine(), requests) == at_once
 
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from nanovllm_cli.core.batch import (
+    DRAWN_LAST,
     Admission,
     BatchResult,
     BlockTableUpdate,
     DecodeBatch,
+    ForcedTokens,
     ForwardBatch,
     Int32,
     PrefillBatch,
@@ -98,12 +100,21 @@ def step(
     runner: Runner,
     slots: Sequence[int],
     needs: RowNeeds | None = None,
-    admissions: tuple[Admission, ...] = (),
+    forced: ForcedTokens | None = None,
 ) -> BatchResult:
     """Both halves of a decode step."""
-    forward = ForwardBatch(admissions=admissions, block_table_update=NOTHING, slots=ints(slots))
+    forward = ForwardBatch(block_table_update=NOTHING, slots=ints(slots), forced=forced)
     assert runner.launch(forward) is None, "nothing comes back of it"
     return run(runner, SampleBatch(slots=ints(slots), needs=needs))
+
+
+def force(tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> ForcedTokens:
+    """Each slot's tokens, from a position on."""
+    return ForcedTokens(
+        token_ids=ints([token for part in tokens for token in part]),
+        start_positions=ints(starts),
+        query_lens=ints([len(part) for part in tokens]),
+    )
 
 
 def masks(allowed: dict[int, Sequence[int]]) -> TokenMasks:
@@ -162,7 +173,7 @@ def test_a_masked_row_draws_what_is_allowed_and_the_others_what_they_would(devic
 
 
 @pytest.mark.parametrize("device", ON_CPU_AND_GPU)
-def test_a_finished_slot_gives_no_token_of_either_half_until_it_is_admitted_again(
+def test_a_finished_slot_gives_no_token_of_either_half_until_tokens_are_forced(
     device: str,
 ) -> None:
     runner = make(device)
@@ -173,9 +184,40 @@ def test_a_finished_slot_gives_no_token_of_either_half_until_it_is_admitted_agai
     prefill(runner, PROMPTS[:1], admissions=stops)
     over = step(runner, [0])
     assert over.num_tokens.tolist() == [0]
-    again = step(runner, [0], admissions=(admit(0),))
+    assert step(runner, [0], forced=force([[DRAWN_LAST]], [len(PROMPTS[0])])).num_tokens == [0]
+    again = step(runner, [0], forced=force([[first]], [len(PROMPTS[0])]))
     assert again.token_ids.tolist() == [rest[:1]]
     assert window(runner, [0], 3).token_ids.tolist() == [rest[1:]]
+
+
+@pytest.mark.parametrize("device", ON_CPU_AND_GPU)
+def test_forced_tokens_are_as_if_they_had_been_drawn_whatever_was_drawn_before(
+    device: str,
+) -> None:
+    runner = make(device)
+    first = prefill(runner, PROMPTS)
+    put = {0: [33, 44, 55], 2: [66]}
+    longer = [[*prompt, *put.get(slot, [])] for slot, prompt in enumerate(PROMPTS)]
+    for slot in (1, 3):  # they go on with what they have drawn
+        longer[slot].append(first[slot])
+    expected = prefill(runner, longer)
+    expected = [
+        [token, *rest]
+        for token, rest in zip(
+            expected, window(runner, range(4), 3).token_ids.tolist(), strict=True
+        )
+    ]
+    assert prefill(runner, PROMPTS) == first
+    starts = [len(prompt) for prompt in PROMPTS]
+    tokens = [put.get(slot, [DRAWN_LAST]) for slot in range(4)]
+    order = [2, 0, 3, 1]
+    taken = step(
+        runner, order, forced=force([tokens[i] for i in order], [starts[i] for i in order])
+    )
+    drawn = dict(zip(order, taken.token_ids[:, 0].tolist(), strict=True))
+    assert taken.num_tokens.tolist() == [1] * 4
+    rest = window(runner, range(4), 3).token_ids.tolist()
+    assert [[drawn[slot], *rest[slot]] for slot in range(4)] == expected
 
 
 @pytest.mark.parametrize("device", ON_CPU_AND_GPU)

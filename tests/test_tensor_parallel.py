@@ -30,6 +30,7 @@ from nanovllm_cli.core.batch import (
     Batch,
     BlockTableUpdate,
     DecodeBatch,
+    ForcedTokens,
     ForwardBatch,
     PrefillBatch,
     PromptTargets,
@@ -429,8 +430,14 @@ def batches(draw: st.DrawFn) -> Batch:
         adjustment=st.none() | adjustment,
     )
     admissions = tuple(draw(st.lists(admission, max_size=3)))
+    forced = st.none() | st.builds(
+        ForcedTokens,
+        token_ids=arrays(4),
+        start_positions=arrays(num_seqs),
+        query_lens=arrays(num_seqs),
+    )
     if kind is ForwardBatch:
-        return ForwardBatch(admissions=admissions, block_table_update=update, slots=slots)
+        return ForwardBatch(block_table_update=update, slots=slots, forced=draw(forced))
     is_last_chunk = st.lists(st.booleans(), min_size=num_seqs, max_size=num_seqs)
     pairs = {"slots": arrays(2), "leaders": arrays(2)}
     twins = st.builds(Twins, **pairs, sources=arrays(1), targets=arrays(1))
@@ -466,7 +473,7 @@ def row_needs(draw: st.DrawFn) -> RowNeeds:
 
 PLAIN = (
     PrefillBatch, DecodeBatch, ForwardBatch, SampleBatch, BlockTableUpdate, Admission, Adjustment,
-    RowNeeds, TokenMasks, PromptTargets, Twins,
+    RowNeeds, TokenMasks, PromptTargets, Twins, ForcedTokens,
 )  # fmt: skip
 
 

@@ -136,7 +136,6 @@ def main() -> None:
     parser.add_argument("--steps-only", action="store_true", help="no token is forced by the host")
     arguments = parser.parse_args()
     if arguments.steps_only:
-        guided.LEAST_FORCED = 1 << 30
         guided.forced_token_ids = lambda sequence: []
     config = EngineConfig(max_num_seqs=arguments.rows)
     with tempfile.TemporaryDirectory() as directory:
