@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from nanovllm_cli.core.attention_backend import AttentionBackend, PackedSequences
@@ -29,26 +28,27 @@ class GpuPrefill:
         cls, batch: PrefillBatch, table: SlotTable, block_size: int, backend: AttentionBackend
     ) -> "GpuPrefill":
         """Of slots that have been admitted and have their blocks; copied without waiting."""
-        token_ids, rows, positions = _to_device(
-            table, batch.token_ids, *packed_positions(batch.query_lens, batch.start_positions)
+        token_ids, rows, positions = table.all_to_device(
+            batch.token_ids, *packed_positions(batch.query_lens, batch.start_positions)
         )
         kv_lens = batch.start_positions + batch.query_lens
         ends = np.cumsum(batch.query_lens)
         row_slots, drawn_after = batch.row_slots, batch.row_sequences
         twins = batch.twins
-        slots, all_slots, sampling_slots, last_tokens, row_lengths, *of_sequences = _to_device(
-            table,
-            batch.slots,
-            row_slots,
-            np.where(batch.is_last_chunk[drawn_after], row_slots, table.idle_slot),
-            (ends - 1)[drawn_after],
-            kv_lens[drawn_after],
-            np.arange(len(batch.slots)),
-            batch.start_positions,
-            kv_lens,
-            np.concatenate(([0], ends)),
-            np.concatenate(([0], np.cumsum(kv_lens))),
-            *(() if twins is None else (twins.sources, twins.targets)),
+        slots, all_slots, sampling_slots, last_tokens, row_lengths, *of_sequences = (
+            table.all_to_device(
+                batch.slots,
+                row_slots,
+                np.where(batch.is_last_chunk[drawn_after], row_slots, table.idle_slot),
+                (ends - 1)[drawn_after],
+                kv_lens[drawn_after],
+                np.arange(len(batch.slots)),
+                batch.start_positions,
+                kv_lens,
+                np.concatenate(([0], ends)),
+                np.concatenate(([0], np.cumsum(kv_lens))),
+                *(() if twins is None else (twins.sources, twins.targets)),
+            )
         )
         sequence_rows, starts, lengths, sums_q, sums_k, *block_copies = of_sequences
         block_tables = table.block_table[slots.long()]
@@ -78,16 +78,3 @@ class GpuPrefill:
             row_lengths=row_lengths,
             block_copies=block_copies,
         )
-
-
-def _to_device(table: SlotTable, *rows: npt.NDArray[np.integer]) -> list[Tensor]:
-    """Host arrays as int32 tensors, in one copy.
-
-    Each begins at a multiple of 16 bytes: for other pointers Triton compiles a kernel anew.
-    """
-    width = -(-max(map(len, rows)) // 4) * 4
-    host = np.zeros((len(rows), width), dtype=np.int32)
-    for row, values in zip(host, rows, strict=True):
-        row[: len(values)] = values
-    device = table.to_device(host)
-    return [row[: len(values)] for row, values in zip(device, rows, strict=True)]

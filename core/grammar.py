@@ -7,12 +7,11 @@ refused; everything else runs.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,8 +27,8 @@ else:
 
 NEEDS_LLGUIDANCE = "a grammar needs the package llguidance: pip install 'nanovllm-cli[json]'"
 _MAX_COMPILED = 1024  # grammars kept; a JSON schema of 20 properties takes about 20 KB
-# What is made of one compiled grammar shares a lexer, and waits for its lock: so many share one,
-# and then another is compiled, while there are fewer than threads.
+# Sequences in a grammar compiled once share its lexer, and threads wait for its lock; too many
+# lexers are too much for the caches. So many share one, and then it is compiled again.
 _MATCHERS_PER_LEXER = 16
 _MAX_LEXERS = 16
 # Tokens that stand inside a JSON string, by their length: where a string has room for all of a
@@ -51,10 +50,25 @@ class GrammarError(ValueError):
 class Matcher:
     """Where one sequence stands in its grammar; only Grammars makes one."""
 
-    __slots__ = ("inner",)
+    __slots__ = ("_compiled", "_inner", "_lexer")
 
-    def __init__(self, inner: "llguidance.LLMatcher") -> None:
-        self.inner = inner
+    def __init__(self, compiled: "_Compiled") -> None:
+        self._compiled = compiled
+        self._lexer: _Lexer | None = None
+        self._inner: llguidance.LLMatcher | None = None
+
+    def __del__(self) -> None:
+        if self._lexer is not None:
+            self._lexer.num_matchers -= 1
+
+    @property
+    def inner(self) -> "llguidance.LLMatcher":
+        """llguidance's own, there from its first use on: what only waits holds no lexer."""
+        if self._inner is None:
+            self._lexer = self._compiled.lexer()
+            self._lexer.num_matchers += 1
+            self._inner = self._lexer.start.deep_copy()
+        return self._inner
 
     def accept(self, token_ids: Iterable[int]) -> bool:
         """Move on by tokens that were drawn under the masks; False where they do not fit."""
@@ -63,6 +77,14 @@ class Matcher:
     def take_back(self, num_tokens: int) -> None:
         """Go back by that many of the tokens last accepted."""
         self.inner.rollback(num_tokens)
+
+    @property
+    def num_forced_bytes(self) -> int:
+        """How many must come next; without any there are no `forced_token_ids`, which take longer.
+
+        1 to 7 us, and 10 to 50.
+        """
+        return len(self.inner.compute_ff_bytes())
 
     def forced_token_ids(self) -> list[int]:
         """The tokens that must come next, as far as the grammar and the tokenizer leave no choice.
@@ -93,21 +115,31 @@ class _Vocabulary(NamedTuple):
     eos_token_ids: tuple[int, ...]
 
 
+class _Lexer:
+    """A grammar compiled once; and how many sequences stand in it."""
+
+    def __init__(self, start: "llguidance.LLMatcher") -> None:
+        self.start = start
+        self.num_matchers = 0
+
+
 class _Compiled:
-    """One grammar, compiled again when many stand in it at once: as many lexers as threads."""
+    """A grammar, compiled again where many sequences stand in it at once."""
 
-    def __init__(self, first: "llguidance.LLMatcher", compile_again: Callable[[], Any]) -> None:
-        self._lexers = [first]
-        self._compile_again = compile_again
-        self._num_matchers = 0
+    def __init__(self, compiled: Callable[[], "llguidance.LLMatcher"]) -> None:
+        """Compiles it a first time; raises GrammarError."""
+        self._compiled = compiled
+        self._lexers = [_Lexer(compiled())]
+        if message := _message_of(self._lexers[0].start):
+            raise GrammarError(message)
 
-    def matcher(self) -> Matcher:
-        """At the beginning."""
-        most = min(_MAX_LEXERS, len(os.sched_getaffinity(0)))
-        if len(self._lexers) < min(most, self._num_matchers // _MATCHERS_PER_LEXER):
-            self._lexers.append(self._compile_again())
-        self._num_matchers += 1
-        return Matcher(self._lexers[self._num_matchers % len(self._lexers)].deep_copy())
+    def lexer(self) -> _Lexer:
+        """The one with the fewest sequences."""
+        lexer = min(self._lexers, key=lambda lexer: lexer.num_matchers)
+        if lexer.num_matchers >= _MATCHERS_PER_LEXER and len(self._lexers) < _MAX_LEXERS:
+            lexer = _Lexer(self._compiled())
+            self._lexers.append(lexer)
+        return lexer
 
 
 class Grammars:
@@ -136,7 +168,7 @@ class Grammars:
         compiled = self._compiled(grammar)
         if isinstance(compiled, GrammarError):
             raise compiled
-        return compiled.matcher()
+        return Matcher(compiled)
 
     def masks(self, matchers: Seq[Matcher]) -> Int32:
         """The tokens that may come next: bits, the lowest first, [num_matchers, vocab_size / 32].
@@ -193,8 +225,10 @@ class Grammars:
         def compiled() -> "llguidance.LLMatcher":
             return llguidance.LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=limits)
 
-        first = compiled()
-        return GrammarError(_message_of(first)) if first.is_error() else _Compiled(first, compiled)
+        try:
+            return _Compiled(compiled)
+        except GrammarError as error:
+            return error
 
 
 def _message_of(matcher: "llguidance.LLMatcher") -> str:

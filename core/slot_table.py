@@ -6,6 +6,7 @@ look from the host.
 """
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -88,6 +89,18 @@ class SlotTable:
             rows = self.to_device(np.stack((update.slots, update.indices, update.block_ids)))
             slots, indices, block_ids = rows
             self.block_table[slots.long(), indices.long()] = block_ids.to(self.block_table.dtype)
+
+    def all_to_device(self, *rows: npt.NDArray[np.integer]) -> list[Tensor]:
+        """Host arrays as int32 tensors, in one copy.
+
+        Each begins at a multiple of 16 bytes: for other pointers Triton compiles a kernel anew.
+        """
+        width = -(-max(map(len, rows)) // 4) * 4
+        host = np.zeros((len(rows), width), dtype=np.int32)
+        for row, values in zip(host, rows, strict=True):
+            row[: len(values)] = values
+        device = self.to_device(host)
+        return [row[: len(values)] for row, values in zip(device, rows, strict=True)]
 
     def to_device(self, values: Int32) -> Tensor:
         """A host array as an int32 tensor beside the table, copied without waiting."""

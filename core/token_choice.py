@@ -42,7 +42,7 @@ class DeviceNeeds:
         masks = needs.masks
         rows = [needs.adjusted_rows, needs.logprob_rows]
         rows.append(no_rows() if masks is None else masks.rows)
-        adjusted, logprobs, masked = (table.to_device(r) for r in rows)
+        adjusted, logprobs, masked = table.all_to_device(*rows)
         return cls(
             adjusted_rows=adjusted,
             logprob_rows=logprobs,

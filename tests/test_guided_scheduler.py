@@ -104,6 +104,10 @@ class TinyMatcher:
         copied._has_ended = self._has_ended
         return copied
 
+    @property
+    def num_forced_bytes(self) -> int:
+        return 5 * len(self.forced_token_ids())
+
     def forced_token_ids(self) -> list[int]:
         ahead, forced = self.copy(), []
         while len(ahead.allowed) == 1 and not ahead.is_finished and len(forced) < 50:
