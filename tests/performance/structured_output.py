@@ -35,11 +35,16 @@ from nanovllm_cli.structured_output import grammar_text
 
 SAMPLE_MODEL = Path(__file__).parent.parent.parent / "sample_data" / "model"
 NUM_SCHEMAS = 8
+TEXTS: dict[str, dict[str, Any] | None] = {
+    "labels": None,
+    "labels and a text": {"type": "string"},
+    "labels and a text of at most 40 characters": {"type": "string", "maxLength": 40},
+}
 MAX_CHARACTERS = 100_000_000
 
 
-def schema(number: int, *, has_text: bool) -> dict[str, Any]:
-    """Of labels for many things at once, as in labelling and extraction."""
+def schema(number: int, text: dict[str, Any] | None) -> dict[str, Any]:
+    """Of labels for many things at once, as in labelling and extraction; perhaps with a text."""
     properties: dict[str, Any] = {
         "kind": {"enum": ["question", "complaint", "praise", f"other {number}"]},
         "confidence": {"type": "integer", "minimum": 0, "maximum": 100},
@@ -51,8 +56,8 @@ def schema(number: int, *, has_text: bool) -> dict[str, Any]:
             "maxItems": 3,
         },
     }
-    if has_text:
-        properties["reason"] = {"type": "string", "maxLength": 40}
+    if text is not None:
+        properties["reason"] = text
     item = {
         "type": "object",
         "properties": properties,
@@ -132,12 +137,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--steps-only", action="store_true", help="no token is forced by the host")
+    parser.add_argument("--steps-only", action="store_true", help="every token takes a step")
     arguments = parser.parse_args()
     if arguments.steps_only:
         guided.forced_token_ids = lambda sequence: []
-    config = EngineConfig(max_num_seqs=arguments.rows)
+    config = EngineConfig(max_num_seqs=arguments.rows, tensor_parallel_size=arguments.tp)
     with tempfile.TemporaryDirectory() as directory:
         path, sizes = Path(directory), None
         if arguments.model is None:
@@ -152,11 +158,8 @@ def main() -> None:
             engine = Engine.load(sizes, replace(config, tokenizer_path=str(path)))
         print(f"{engine.device}, {num_tokens} tokens and {sizes.vocab_size} logits", flush=True)
         rows = Rows(engine, num_tokens, arguments)
-        for name, has_text in (("labels", False), ("labels and a text", True)):
-            grammars = [
-                grammar_text("json", schema(number, has_text=has_text))
-                for number in range(NUM_SCHEMAS)
-            ]
+        for name, text in TEXTS.items():
+            grammars = [grammar_text("json", schema(number, text)) for number in range(NUM_SCHEMAS)]
             rows.run(None)
             rows.run(grammars)
             free, with_schema, share = [], [], 0.0
