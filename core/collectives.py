@@ -6,6 +6,7 @@ name that two jobs could share; what gloo and NCCL connect stays on the loopback
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -111,6 +112,9 @@ class CpuCollectives:
         least = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         return int(least)
+
+    def take_first(self, x: Tensor) -> None:
+        dist.broadcast(x, src=0)
 
     def close(self) -> None:
         dist.destroy_process_group()
@@ -247,6 +251,9 @@ class GpuCollectives:
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         return int(least)
 
+    def take_first(self, x: Tensor) -> None:
+        dist.broadcast(x, src=0)
+
     def close(self) -> None:
         self._shared = None
         # To destroy the group would wait for the others to do the same, and they have ended.
@@ -265,7 +272,7 @@ class GpuCollectives:
         group = dist.group.WORLD
         assert group is not None, "init_process_group has made it"
         shared = None
-        try:
+        with suppress(RuntimeError):  # no way to share memory between these processes
             shared = _SharedMemory(
                 group,
                 dtype,
@@ -273,6 +280,4 @@ class GpuCollectives:
                 sum_shape=sum_shape,
                 column_shape=column_shape,
             )
-        except RuntimeError:  # no way to share memory between these processes
-            shared = None
         return shared if self.minimum(shared is not None) else None

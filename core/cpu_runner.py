@@ -81,7 +81,7 @@ class CpuRunner:
         self.num_blocks = num_kv_blocks(kv_bytes, sizes, config)
         self._kv_caches = allocate_kv_caches(self.num_blocks, sizes, config)
         self._table = SlotTable(config.max_num_seqs, blocks_per_sequence(config), weight.device)
-        self._choice = TokenChoice(self._table, model.config.vocab_size)
+        self._choice = TokenChoice(self._table, model.config.vocab_size, model.parallel)
         self._half_step: tuple[Tensor, Tensor] | None = None  # a ForwardBatch's live rows, logits
         # Whether all that was ever stored in the pages is: a K or V that is not makes its own
         # token's hidden state so.

@@ -64,7 +64,7 @@ class GpuRunner:
         self._attention_backend = config.attention_backend
         self._staging = Staging(device, num_arenas=config.max_launches_in_flight + 2)
         self._table = SlotTable(max_num_seqs, blocks_per_sequence(config), device, self._staging)
-        self._choice = TokenChoice(self._table, model.config.vocab_size)
+        self._choice = TokenChoice(self._table, model.config.vocab_size, model.parallel)
         self._forced_steps = ForcedSteps(self._table, max_num_seqs, config.block_size, model)
         self._is_choice_compiled = False
         self._plan = DecodePlan.allocate(

@@ -56,6 +56,9 @@ class Collectives(Protocol):
     def minimum(self, value: int) -> int:
         """The least of every rank's value."""
 
+    def take_first(self, x: Tensor) -> None:
+        """Make x the first rank's, in place."""
+
     def close(self) -> None:
         """The other ranks have ended; on a GPU the graphs that hold collectives are gone."""
 
@@ -114,6 +117,11 @@ class TensorParallel:
     def minimum(self, value: int) -> int:
         """The least of every rank's value."""
         return value if self.collectives is None else self.collectives.minimum(value)
+
+    def take_first(self, x: Tensor) -> None:
+        """As Collectives has it; of one rank alone, nothing."""
+        if self.collectives is not None:
+            self.collectives.take_first(x)
 
 
 ALONE = TensorParallel()

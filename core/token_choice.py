@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanovllm_cli.core.adjustment_table import AdjustmentTable
 from nanovllm_cli.core.batch import Admission, Int32, PromptTargets, RowLogprobs, RowNeeds, no_rows
+from nanovllm_cli.core.parallel import TensorParallel
 from nanovllm_cli.core.request import Float32, Logprobs
 from nanovllm_cli.core.slot_table import SlotTable
 from nanovllm_cli.kernels.logprobs import likeliest
@@ -33,8 +34,9 @@ class DeviceNeeds:
     adjusted_rows: Tensor
     logprob_rows: Tensor
     num_logprobs: int
+    is_masked: bool
     mask_rows: Tensor
-    mask_words: Tensor | None
+    mask_words: Tensor | None  # the first rank's alone
 
     @classmethod
     def of(cls, needs: RowNeeds, table: SlotTable) -> "DeviceNeeds":
@@ -47,8 +49,11 @@ class DeviceNeeds:
             adjusted_rows=adjusted,
             logprob_rows=logprobs,
             num_logprobs=needs.num_logprobs,
+            is_masked=masks is not None,
             mask_rows=masked,
-            mask_words=None if masks is None else table.to_device(masks.words),
+            mask_words=(
+                table.to_device(masks.words) if masks is not None and masks.words.size else None
+            ),
         )
 
     def among(self, live_rows: Tensor) -> tuple["DeviceNeeds", Tensor]:
@@ -64,6 +69,7 @@ class DeviceNeeds:
             adjusted_rows=places(self.adjusted_rows)[0],
             logprob_rows=logprob_rows,
             num_logprobs=self.num_logprobs,
+            is_masked=self.is_masked,
             mask_rows=mask_rows,
             mask_words=None if self.mask_words is None else self.mask_words[is_masked],
         )
@@ -73,9 +79,10 @@ class DeviceNeeds:
 class TokenChoice:
     """Beside a slot table. Its own is allocated when the first sequence comes that needs one."""
 
-    def __init__(self, table: SlotTable, vocab_size: int) -> None:
+    def __init__(self, table: SlotTable, vocab_size: int, parallel: TensorParallel) -> None:
         self._table = table
         self._vocab_size = vocab_size
+        self._parallel = parallel
         self._adjustments: AdjustmentTable | None = None
 
     def admit(self, admissions: tuple[Admission, ...]) -> None:
@@ -124,6 +131,10 @@ class TokenChoice:
             assert self._adjustments is not None, "no admission has asked for it"
             self._adjustments.adjust(logits, changed, slots[changed])
         token_ids, is_nan = draw(logits, slots)
+        if needs.is_masked and self._parallel.size > 1:
+            chosen = torch.stack((token_ids, is_nan.to(token_ids.dtype)))
+            self._parallel.take_first(chosen)
+            token_ids, is_nan = chosen[0], chosen[1] != 0
         packed = None
         if top is not None:
             rows = needs.logprob_rows

@@ -14,6 +14,7 @@ from nanovllm_cli.core.batch import RowNeeds
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.engine import Engine, build_model
 from nanovllm_cli.core.loader import load_random_weights
+from nanovllm_cli.core.parallel import ALONE
 from nanovllm_cli.core.request import Completion, Request
 from nanovllm_cli.core.row_needs import adjustment_of
 from nanovllm_cli.core.sequence import Sequence
@@ -88,7 +89,7 @@ def test_logits_are_adjusted_in_fp32_whatever_their_dtype(
         pytest.skip("slow, and no other code")
     table = SlotTable(32, 4, torch.device(device))
     table.is_finished[:] = False
-    choice = TokenChoice(table, vocab_size)
+    choice = TokenChoice(table, vocab_size, ALONE)
     sequences = []
     for slot, way in enumerate(WAYS_TO_ADJUST):
         sequence = Sequence(ask(slot, [slot, 3, 7, 8, 40, vocab_size - 1], **way), 200, ())
