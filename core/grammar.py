@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +29,9 @@ else:
 NEEDS_LLGUIDANCE = "a grammar needs the package llguidance: pip install 'nanovllm-cli[json]'"
 _MAX_COMPILED = 1024  # grammars kept; a JSON schema of 20 properties takes about 20 KB
 # Sequences in a grammar compiled once share its lexer, and threads wait for its lock; too many
-# lexers are too much for the caches. So many share one, and then it is compiled again.
-_MATCHERS_PER_LEXER = 16
-_MAX_LEXERS = 16
+# lexers are too much for the caches. So many share one, and then the grammar is compiled again.
+_MATCHERS_PER_LEXER = 4
+_MAX_LEXERS = 64
 # Tokens that stand inside a JSON string, by their length: where a string has room for all of a
 # slice, its part of the mask is known. llguidance's own have none below 10 characters, and every
 # string near its maxLength goes through the whole vocabulary: these take a fifth off such masks.
@@ -41,6 +42,7 @@ _SLICES = [
     f"{_TEXT}+",
 ]
 BITS_PER_WORD = 32
+_lexer_numbers = count()
 
 
 class GrammarError(ValueError):
@@ -69,6 +71,11 @@ class Matcher:
             self._lexer.num_matchers += 1
             self._inner = self._lexer.start.deep_copy()
         return self._inner
+
+    @property
+    def lexer_number(self) -> int:
+        """Of those that share a lexer the same: who asks them all does so one lexer at a time."""
+        return -1 if self._lexer is None else self._lexer.number
 
     def accept(self, token_ids: Iterable[int]) -> bool:
         """Move on by tokens that were drawn under the masks; False where they do not fit."""
@@ -121,6 +128,7 @@ class _Lexer:
     def __init__(self, start: "llguidance.LLMatcher") -> None:
         self.start = start
         self.num_matchers = 0
+        self.number = next(_lexer_numbers)
 
 
 class _Compiled:
@@ -178,7 +186,8 @@ class Grammars:
         """
         vocabulary = self._loaded()
         masks = np.empty((len(matchers), -(-self._vocab_size // BITS_PER_WORD)), dtype=np.int32)
-        inner = [(matcher.inner, row) for row, matcher in enumerate(matchers)]
+        rows = sorted(range(len(matchers)), key=lambda row: matchers[row].lexer_number)
+        inner = [(matchers[row].inner, row) for row in rows]  # a thread takes neighbours
         fill_next_token_bitmask_par(vocabulary.executor, inner, masks)
         words = masks.view(np.uint32)
         for token_id in vocabulary.eos_token_ids:

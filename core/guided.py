@@ -70,18 +70,20 @@ def append_some(sequence: Sequence, token_ids: list[int], stats: EngineStats) ->
 
 def worth_forcing(sequences: Seq[Sequence | None]) -> dict[int, list[int]]:
     """Of a step's rows, the tokens that some must go on with; none where they are too few."""
-    forced = {
-        row: token_ids
+    guided = [
+        (row, sequence, sequence.guide)
         for row, sequence in enumerate(sequences)
-        if sequence is not None
-        and not sequence.request.sampling.adjusts_logits  # the device counts what it draws
-        and sequence.guide is not None
-        and sequence.guide.num_forced_bytes >= _LEAST_BYTES
-        and (token_ids := forced_token_ids(sequence))
-    }
-    num_rows = sum(sequence is not None for sequence in sequences)
+        if sequence is not None and sequence.guide is not None
+    ]
+    guided.sort(key=lambda entry: entry[2].lexer_number)
+    forced = {}
+    for row, sequence, guide in guided:
+        # Where the device adjusts logits it counts what it draws.
+        counts = sequence.request.sampling.adjusts_logits
+        if not counts and guide.num_forced_bytes >= _LEAST_BYTES:
+            forced[row] = forced_token_ids(sequence)
     num_tokens = sum(map(len, forced.values()))
-    return forced if num_tokens >= LEAST_FORCED_PER_ROW * num_rows else {}
+    return forced if num_tokens >= LEAST_FORCED_PER_ROW * len(guided) else {}
 
 
 def ends_thought(sequence: Sequence, token_id: int) -> bool:

@@ -104,6 +104,8 @@ class TinyMatcher:
         copied._has_ended = self._has_ended
         return copied
 
+    lexer_number = 0
+
     @property
     def num_forced_bytes(self) -> int:
         return 5 * len(self.forced_token_ids())
