@@ -73,7 +73,7 @@ def no_rows() -> Int32:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenMasks:
-    """The tokens that some rows of a launch may draw. rows: [num_masks], ascending, at least one.
+    """The tokens that some rows of a launch may draw. rows: [num_masks], at least one.
 
     words: [num_masks, ceil(vocab_size / 32)]; bit i of word w is token 32 * w + i, 1 is allowed. Of
     several ranks only the first has them, and the others take its tokens: their words are [.., 0].

@@ -7,6 +7,7 @@ refused; everything else runs.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from functools import lru_cache
@@ -14,13 +15,11 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from nanovllm_cli.core.batch import Int32
+from nanovllm_cli.core.grammar_masks import Masks, MaskThreads
 
 try:
     import llguidance
-    from llguidance.numpy import fill_next_token_bitmask_par
 except ImportError:
     HAS_LLGUIDANCE = False
 else:
@@ -28,10 +27,10 @@ else:
 
 NEEDS_LLGUIDANCE = "a grammar needs the package llguidance: pip install 'nanovllm-cli[json]'"
 _MAX_COMPILED = 1024  # grammars kept; a JSON schema of 20 properties takes about 20 KB
-# Sequences in a grammar compiled once share its lexer, and threads wait for its lock; too many
-# lexers are too much for the caches. So many share one, and then the grammar is compiled again.
-_MATCHERS_PER_LEXER = 4
-_MAX_LEXERS = 64
+# Sequences in a grammar compiled once share its lexer, and threads wait for its lock. So it is
+# compiled for each that runs, where that takes no longer than so in all: 1 ms for most schemas.
+_MAX_LEXERS = 256
+_COMPILE_SECONDS = 0.5
 # Tokens that stand inside a JSON string, by their length: where a string has room for all of a
 # slice, its part of the mask is known. llguidance's own have none below 10 characters, and every
 # string near its maxLength goes through the whole vocabulary: these take a fifth off such masks.
@@ -41,7 +40,6 @@ _SLICES = [
     *(f"{_TEXT}{{1,{length}}}" for length in (3, 5, 7, 10, 15, 20, 30)),
     f"{_TEXT}+",
 ]
-BITS_PER_WORD = 32
 _lexer_numbers = count()
 
 
@@ -74,7 +72,7 @@ class Matcher:
 
     @property
     def lexer_number(self) -> int:
-        """Of those that share a lexer the same: who asks them all does so one lexer at a time."""
+        """The same of those that share a lexer."""
         return -1 if self._lexer is None else self._lexer.number
 
     def accept(self, token_ids: Iterable[int]) -> bool:
@@ -118,8 +116,8 @@ class Matcher:
 
 class _Vocabulary(NamedTuple):
     tokenizer: "llguidance.LLTokenizer"
-    executor: "llguidance.LLExecutor"
     eos_token_ids: tuple[int, ...]
+    threads: MaskThreads
 
 
 class _Lexer:
@@ -132,19 +130,22 @@ class _Lexer:
 
 
 class _Compiled:
-    """A grammar, compiled again where many sequences stand in it at once."""
+    """A grammar, compiled again while sequences stand in it at once and that is soon done."""
 
     def __init__(self, compiled: Callable[[], "llguidance.LLMatcher"]) -> None:
         """Compiles it a first time; raises GrammarError."""
         self._compiled = compiled
+        start = time.perf_counter()
         self._lexers = [_Lexer(compiled())]
+        seconds = time.perf_counter() - start
+        self._max_lexers = min(_MAX_LEXERS, 1 + int(_COMPILE_SECONDS / seconds))
         if message := _message_of(self._lexers[0].start):
             raise GrammarError(message)
 
     def lexer(self) -> _Lexer:
-        """The one with the fewest sequences."""
+        """The one with the fewest sequences: with none, if that can be."""
         lexer = min(self._lexers, key=lambda lexer: lexer.num_matchers)
-        if lexer.num_matchers >= _MATCHERS_PER_LEXER and len(self._lexers) < _MAX_LEXERS:
+        if lexer.num_matchers and len(self._lexers) < self._max_lexers:
             lexer = _Lexer(self._compiled())
             self._lexers.append(lexer)
         return lexer
@@ -178,26 +179,16 @@ class Grammars:
             raise compiled
         return Matcher(compiled)
 
-    def masks(self, matchers: Seq[Matcher]) -> Int32:
-        """The tokens that may come next: bits, the lowest first, [num_matchers, vocab_size / 32].
+    def start_masks(self, most: int) -> Masks:
+        """For at most so many matchers, which are still to be named; there is one already."""
+        return Masks(self._loaded().threads, most)
 
-        A token that ends the text is allowed where it is whole, and nothing at all where the
-        grammar has a dead end. What is beyond the tokenizer's vocabulary is never allowed.
-        """
-        vocabulary = self._loaded()
-        masks = np.empty((len(matchers), -(-self._vocab_size // BITS_PER_WORD)), dtype=np.int32)
-        rows = sorted(range(len(matchers)), key=lambda row: matchers[row].lexer_number)
-        inner = [(matchers[row].inner, row) for row in rows]  # a thread takes neighbours
-        fill_next_token_bitmask_par(vocabulary.executor, inner, masks)
-        words = masks.view(np.uint32)
-        for token_id in vocabulary.eos_token_ids:
-            column = words[:, token_id // BITS_PER_WORD]
-            bit = np.uint32(1 << token_id % BITS_PER_WORD)
-            ending: list[int] = np.flatnonzero(column & bit).tolist()
-            for row in ending:  # llguidance ends a dead end with eos as well
-                if not matchers[row].is_complete:
-                    column[row] &= ~bit
-        return masks
+    def masks(self, matchers: Seq[Matcher]) -> Int32:
+        """The tokens that may come next, as `Masks.result` gives them."""
+        masks = self.start_masks(len(matchers))
+        for matcher in matchers:
+            masks.add(matcher)
+        return masks.result()
 
     def _loaded(self) -> _Vocabulary:
         vocabulary = self._vocabulary()
@@ -222,7 +213,8 @@ class Grammars:
             )
         except (OSError, ValueError) as error:
             return GrammarError(f"{file} cannot be used for grammars: {error}")
-        return _Vocabulary(tokenizer, llguidance.LLExecutor(), tuple(tokenizer.eos_tokens))
+        eos_token_ids = tuple(tokenizer.eos_tokens)
+        return _Vocabulary(tokenizer, eos_token_ids, MaskThreads(eos_token_ids, self._vocab_size))
 
     def _compile(self, grammar: str) -> _Compiled | GrammarError:
         """Errors are kept as well: ten thousand rows may have the same bad grammar."""

@@ -6,13 +6,13 @@ a free one until its thought ends.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from itertools import takewhile
 
 import numpy as np
 
-from nanovllm_cli.core.batch import MAX_FORCED_TOKENS, RowNeeds, TokenMasks
-from nanovllm_cli.core.grammar import Grammars
+from nanovllm_cli.core.batch import MAX_FORCED_TOKENS, TokenMasks
+from nanovllm_cli.core.grammar import Grammars, Matcher
+from nanovllm_cli.core.grammar_masks import Masks
 from nanovllm_cli.core.sequence import Sequence
 from nanovllm_cli.core.stats import EngineStats
 
@@ -22,20 +22,38 @@ LEAST_FORCED_PER_ROW = 0.5
 _LEAST_BYTES = 5  # a shorter text is hardly ever a forced token: 10 of 1343 were, in JSON
 
 
-def with_masks(
-    needs: RowNeeds | None, sequences: Seq[Sequence | None], grammars: Grammars
-) -> RowNeeds | None:
-    """What a launch's rows ask, and masks for those that are guided; None: a row without a draw."""
-    guides = {
-        row: sequence.guide
-        for row, sequence in enumerate(sequences)
-        if sequence is not None and sequence.guide is not None
-    }
-    if not guides:
-        return needs
-    rows = np.array(list(guides), dtype=np.int32)
-    masks = TokenMasks(rows=rows, words=grammars.masks(list(guides.values())))
-    return replace(needs or RowNeeds(), masks=masks)
+class RowMasks:
+    """The masks of a launch's guided rows, worked out while more rows are named."""
+
+    def __init__(self, grammars: Grammars, num_rows: int) -> None:
+        self._grammars = grammars
+        self._num_rows = num_rows
+        self._rows: list[int] = []
+        self._masks: Masks | None = None
+
+    def add(self, row: int, guide: Matcher) -> None:
+        """One whose next token is drawn."""
+        if self._masks is None:
+            self._masks = self._grammars.start_masks(self._num_rows)
+        self._masks.add(guide)
+        self._rows.append(row)
+
+    def add_all(self, sequences: Seq[Sequence | None]) -> None:
+        """Those of a launch that are guided; None: a row without a draw."""
+        for row, sequence in enumerate(sequences):
+            if sequence is not None and sequence.guide is not None:
+                self.add(row, sequence.guide)
+
+    def start(self) -> None:
+        """Begin with the rows named so far."""
+        if self._masks is not None:
+            self._masks.start()
+
+    def result(self) -> TokenMasks | None:
+        """None where no row is guided."""
+        if self._masks is None:
+            return None
+        return TokenMasks(rows=np.array(self._rows, dtype=np.int32), words=self._masks.result())
 
 
 def forced_token_ids(sequence: Sequence) -> list[int]:
@@ -68,22 +86,31 @@ def append_some(sequence: Sequence, token_ids: list[int], stats: EngineStats) ->
     return len(token_ids)
 
 
-def worth_forcing(sequences: Seq[Sequence | None]) -> dict[int, list[int]]:
-    """Of a step's rows, the tokens that some must go on with; none where they are too few."""
+def find_forced(sequences: Seq[Sequence | None], masks: RowMasks) -> dict[int, list[int]]:
+    """Of a step's rows, the tokens that some must go on with; none where they are too few.
+
+    The others' masks are named, and mostly done by the time that the last row has been asked.
+    """
     guided = [
         (row, sequence, sequence.guide)
         for row, sequence in enumerate(sequences)
         if sequence is not None and sequence.guide is not None
     ]
-    guided.sort(key=lambda entry: entry[2].lexer_number)
-    forced = {}
+    asked = []
     for row, sequence, guide in guided:
         # Where the device adjusts logits it counts what it draws.
         counts = sequence.request.sampling.adjusts_logits
         if not counts and guide.num_forced_bytes >= _LEAST_BYTES:
-            forced[row] = forced_token_ids(sequence)
-    num_tokens = sum(map(len, forced.values()))
-    return forced if num_tokens >= LEAST_FORCED_PER_ROW * len(guided) else {}
+            asked.append((row, sequence, guide))
+        else:
+            masks.add(row, guide)
+    masks.start()
+    forced = {row: forced_token_ids(sequence) for row, sequence, _ in asked}
+    if sum(map(len, forced.values())) >= LEAST_FORCED_PER_ROW * len(guided):
+        return forced
+    for row, _, guide in asked:
+        masks.add(row, guide)
+    return {}
 
 
 def ends_thought(sequence: Sequence, token_id: int) -> bool:

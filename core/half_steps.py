@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from nanovllm_cli.core.batch import DRAWN_LAST, ForcedTokens, ForwardBatch, SampleBatch
-from nanovllm_cli.core.guided import append_some, worth_forcing
+from nanovllm_cli.core.guided import RowMasks, append_some, find_forced
 from nanovllm_cli.core.running_set import RunningSet, slots_of
 from nanovllm_cli.core.sequence import Sequence, SequenceStatus
 from nanovllm_cli.core.stats import EngineStats
@@ -55,25 +55,29 @@ class HalfSteps:
         """The second half of a step, for those that still want its token; None: nobody does."""
         forwarded, self._forwarded = self._forwarded, []
         rows = [s if s.status is SequenceStatus.RUNNING else None for s in forwarded]
-        self._force(rows)
-        needs = self._running.needs(rows)
+        masks = self._running.start_masks(len(rows))
+        self._force(rows, masks)
+        needs = self._running.needs(rows, masks)
         if needs is None or needs.masks is None:
             return None
         self._unread.add(rows, [0 if s is None else 1 for s in rows])
         return SampleBatch(slots=self._forwarded_slots, needs=needs)
 
-    def _force(self, rows: list[Sequence | None]) -> None:
-        """Let rows go on with tokens known without a draw, and take them out."""
+    def _force(self, rows: list[Sequence | None], masks: RowMasks) -> None:
+        """Let rows go on with tokens known without a draw, and take them out; masks of the rest."""
         budget = self._max_num_batched_tokens - len(rows)
-        for row, token_ids in worth_forcing(rows).items():
+        for row, token_ids in find_forced(rows, masks).items():
             sequence = rows[row]
-            assert sequence is not None, "a row without a sequence has no grammar"
+            assert sequence is not None, "only what is guided is forced"
+            assert sequence.guide is not None, "only what is guided is forced"
             num_stored = sequence.num_tokens
             num_forced = append_some(sequence, token_ids[: max(budget, 0)], self._stats)
             if num_forced:
                 sequence.set_stored(num_stored)
                 budget -= num_forced
                 rows[row] = None
+            else:
+                masks.add(row, sequence.guide)
 
 
 def _take_forced(sequences: Seq[Sequence]) -> ForcedTokens | None:

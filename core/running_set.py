@@ -5,13 +5,14 @@ slot, and which blocks were added to which block table.
 """
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 
 from nanovllm_cli.core.batch import Admission, BlockTableUpdate, Int32, RowNeeds
 from nanovllm_cli.core.block_manager import BlockManager
 from nanovllm_cli.core.grammar import Grammars
-from nanovllm_cli.core.guided import with_masks
+from nanovllm_cli.core.guided import RowMasks
 from nanovllm_cli.core.row_needs import adjustment_of, needs_of
 from nanovllm_cli.core.sequence import Sequence, SequenceStatus
 
@@ -129,12 +130,24 @@ class RunningSet:
         sequence.slot = None
         sequence.block_table = []
 
-    def needs(self, rows: Seq[Sequence | None]) -> RowNeeds | None:
-        """What rows ask of a launch that draws their next token."""
+    def needs(self, rows: Seq[Sequence | None], masks: RowMasks | None = None) -> RowNeeds | None:
+        """What rows ask of a launch that draws their next token; None: a row without a draw.
+
+        masks: of all that are guided, where they have been begun.
+        """
         needs = needs_of(rows) if self._num_asking else None
         if self.num_with_grammar:
-            needs = with_masks(needs, rows, self._grammars)
+            if masks is None:
+                masks = self.start_masks(len(rows))
+                masks.add_all(rows)
+            token_masks = masks.result()
+            if token_masks is not None:
+                needs = replace(needs or RowNeeds(), masks=token_masks)
         return needs
+
+    def start_masks(self, num_rows: int) -> RowMasks:
+        """For the rows of a launch, which are still to be named."""
+        return RowMasks(self._grammars, num_rows)
 
     def take_admissions(self) -> tuple[Admission, ...]:
         taken, self._new_admissions = tuple(self._new_admissions), []

@@ -158,6 +158,68 @@ def test_masks_of_many_rows_are_those_of_each_alone() -> None:
         assert (row == GRAMMARS.masks([matcher])[0]).all()
 
 
+@pytest.mark.parametrize("text", ["a", "ab", "Sunday the twelfth"])
+def test_what_was_accepted_can_be_taken_back_even_at_the_end(text: str) -> None:
+    matcher = GRAMMARS.matcher(grammar_text("choice", [text, "other"]))
+    ids = TOKENIZER.encode(text).ids
+    masks = []
+    for token_id in ids:
+        masks.append(GRAMMARS.masks([matcher])[0].tolist())
+        assert matcher.accept([token_id])
+    assert matcher.is_finished
+    for mask, token_id in zip(reversed(masks), reversed(ids), strict=True):
+        matcher.take_back(1)
+        assert not matcher.is_finished
+        assert GRAMMARS.masks([matcher])[0].tolist() == mask
+        assert token_id in allowed(GRAMMARS.masks([matcher])[0])
+
+
+def test_text_too_short_to_be_forced_tokens_has_few_bytes() -> None:
+    matcher = GRAMMARS.matcher(grammar_text("regex", "[ab] and then [cd]"))
+    assert matcher.num_forced_bytes == 0
+    assert not matcher.forced_token_ids()
+    assert matcher.accept(TOKENIZER.encode("a").ids)
+    assert matcher.num_forced_bytes == len(" and then ")
+    assert matcher.forced_token_ids()
+
+
+def test_masks_begun_in_the_background_are_those_of_one_call() -> None:
+    matchers = [GRAMMARS.matcher(grammar_of_schema(random_schema(i % 5))) for i in range(24)]
+    expected = GRAMMARS.masks(matchers).tolist()
+    masks = GRAMMARS.start_masks(99)
+    for i, matcher in enumerate(matchers):
+        masks.add(matcher)
+        if i % 7 == 3:
+            masks.start()
+    masks.start()
+    masks.start()
+    assert masks.result().tolist() == expected
+
+
+def test_running_sequences_share_no_lexer_and_ended_ones_leave_theirs() -> None:
+    grammars = sample_grammars()
+    grammar = grammar_text("regex", "a+b")
+    waiting = [grammars.matcher(grammar) for _ in range(9)]
+    assert {matcher.lexer_number for matcher in waiting} == {-1}, "one that waits needs none"
+    grammars.masks(waiting[:5])
+    numbers = {matcher.lexer_number for matcher in waiting[:5]}
+    assert len(numbers) == 5
+    del waiting[:5]
+    grammars.masks(waiting)
+    assert {matcher.lexer_number for matcher in waiting} < numbers
+
+
+def test_a_grammar_that_takes_long_to_compile_is_compiled_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grammar_module, "_COMPILE_SECONDS", 0.0)
+    grammars = sample_grammars()
+    matchers = [grammars.matcher(grammar_text("regex", "[ab]{3,5}")) for _ in range(6)]
+    alone = [grammars.masks([matcher])[0].tolist() for matcher in matchers]
+    assert len({matcher.lexer_number for matcher in matchers}) == 1
+    assert grammars.masks(matchers).tolist() == alone
+
+
 def test_a_grammar_is_compiled_once_for_all_its_rows() -> None:
     class Counting(Grammars):
         num_compiled = 0

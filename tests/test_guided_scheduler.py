@@ -28,6 +28,7 @@ from nanovllm_cli.core.batch import (
     SampleBatch,
 )
 from nanovllm_cli.core.grammar import GrammarError
+from nanovllm_cli.core.guided import RowMasks
 from nanovllm_cli.core.half_steps import HalfSteps
 from nanovllm_cli.core.prefill_queue import PrefillQueue
 from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output, Request
@@ -104,8 +105,6 @@ class TinyMatcher:
         copied._has_ended = self._has_ended
         return copied
 
-    lexer_number = 0
-
     @property
     def num_forced_bytes(self) -> int:
         return 5 * len(self.forced_token_ids())
@@ -118,6 +117,24 @@ class TinyMatcher:
         return forced
 
 
+class TinyMasks:
+    """Stands for core/grammar_masks.py's Masks."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._matchers: list[TinyMatcher] = []
+
+    def add(self, matcher: TinyMatcher) -> None:
+        self._matchers.append(matcher)
+        check(len(self._matchers) <= self._most, "more masks than there is room for")
+
+    def start(self) -> None:
+        pass
+
+    def result(self) -> Int32:
+        return TinyGrammars().masks(self._matchers)
+
+
 class TinyGrammars:
     """Stands for core/grammar.py's Grammars."""
 
@@ -127,6 +144,9 @@ class TinyGrammars:
         if grammar == "bad":
             raise GrammarError("it is bad")
         return TinyMatcher(grammar)
+
+    def start_masks(self, most: int) -> "TinyMasks":
+        return TinyMasks(most)
 
     def masks(self, matchers: Seq[TinyMatcher]) -> Int32:
         words = [[sum(1 << token for token in matcher.allowed)] for matcher in matchers]
@@ -454,8 +474,8 @@ class DrawsAfterTheThoughtAsWell(UnreadLaunches):
 
 
 class DrawsForcedTokensAsWell(HalfSteps):
-    def _force(self, rows: list[Sequence | None]) -> None:
-        super()._force([*rows])
+    def _force(self, rows: list[Sequence | None], masks: RowMasks) -> None:
+        super()._force([*rows], masks)
 
 
 @pytest.mark.parametrize(
