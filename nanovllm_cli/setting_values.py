@@ -67,7 +67,12 @@ def _is_token_id(name: Any) -> bool:
 
 
 def is_tool_choice(value: Any) -> bool:
-    return value == "auto" or value == "none"
+    match value:
+        case "auto" | "none" | "required":
+            return True
+        case {"type": "function", "function": {"name": str(), **more}, **others}:
+            return not more and not others
+    return False
 
 
 def is_template_arguments(value: Any) -> bool:

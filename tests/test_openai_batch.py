@@ -9,10 +9,23 @@ from openai.types.chat import ChatCompletion
 
 from .cli import Run, generate, read_rows, write_rows
 from .parsing import TOOL
+from .schemas import check_json
 
 QUESTION = {"role": "user", "content": "Add 3 and 4."}
 RAW = "Q: 46 to 52\nA:"  # the answer is the numbers between
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+TURN = {
+    "type": "object",
+    "properties": {
+        "to": {"enum": ["left", "right"]},
+        "degrees": {"type": "integer", "maximum": 90},
+    },
+    "required": ["to"],
+    "additionalProperties": False,
+}
+TURN_TOOL = {"type": "function", "function": {"name": "turn", "parameters": TURN, "strict": True}}
+TURN_CHOICE = {"type": "function", "function": {"name": "turn"}}
 
 
 def chat(**body: Any) -> tuple[str, dict[str, Any]]:
@@ -31,6 +44,14 @@ GOOD = {
     "logprobs": chat(logprobs=True, top_logprobs=2),
     "no logprobs": chat(logprobs=False, temperature=0, stream=False),
     "tools": chat(tools=[TOOL], tool_choice="auto", parallel_tool_calls=True),
+    "forced": chat(
+        **{"tools": [TURN_TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+        **{"reasoning_effort": "none", "max_tokens": 80, "n": 2, "temperature": 1},
+    ),
+    "named": chat(
+        **{"tools": [TOOL, TURN_TOOL], "tool_choice": TURN_CHOICE, "parallel_tool_calls": False},
+        **{"max_tokens": 80, "thinking_budget": 5},
+    ),
     "called": chat(
         tools=[TOOL],
         messages=[
@@ -52,7 +73,7 @@ GOOD = {
 }
 BAD = {
     "stream": (chat(stream=True), "bad_parameters"),
-    "forced": (chat(tools=[TOOL], tool_choice="required"), "bad_parameters"),
+    "no tools": (chat(tool_choice="required"), "bad_parameters"),
     "unknown": (chat(web_search_options={}), "unknown_setting"),
     "suffix": (text(suffix="x"), "unknown_setting"),
     "several": (text(prompt=["a", "b"]), "bad_prompt"),
@@ -114,6 +135,15 @@ def test_a_thought_is_left_out_or_cut_short(bodies: dict[str, Any]) -> None:
     (budget,) = bodies["budget"]["choices"]
     assert plain["message"]["reasoning_content"].startswith(budget["message"]["reasoning_content"])
     assert budget["message"]["content"]
+
+
+def test_a_forced_call_is_all_that_a_chat_says(bodies: dict[str, Any]) -> None:
+    for choice in [*bodies["forced"]["choices"], *bodies["named"]["choices"]]:
+        assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"]["name"] == "turn"
+        check_json(call["function"]["arguments"], TURN)
+    assert bodies["named"]["choices"][0]["message"]["reasoning_content"]
 
 
 def test_every_token_of_a_chat_has_its_log_probability(bodies: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ def test_a_bad_openai_line_is_named(columns: dict[str, Any], words: str) -> None
         ("bad_parameters", chat_line(reasoning_effort="high"), "body.reasoning_effort is 'high'"),
         ("bad_parameters", chat_line(modalities=["audio"]), "body.modalities is ['audio']"),
         ("bad_parameters", chat_line(tools={}), "body.tools is {}; it must be a list"),
-        ("bad_parameters", chat_line(tool_choice="required"), "body.tool_choice is 'required'"),
+        ("bad_parameters", chat_line(tool_choice="any"), "body.tool_choice is 'any'; it must be"),
         ("bad_parameters", text_line(prompt="x", logprobs=True), "body.logprobs is True"),
         ("bad_parameters", text_line(prompt="x", echo="yes"), "body.echo is 'yes'"),
         ("bad_parameters", text_line(prompt="x", tools=[TOOL]), "tools needs messages"),
