@@ -1,4 +1,4 @@
-"""RowPlan: what the engine is asked for one row, its own settings over the job's."""
+"""RowPlan: what the engine is asked for a row's prompt, the row's settings over the job's."""
 
 import struct
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _GREEDY_BELOW = 1e-5  # of temperatures, as the engine has it
 
 @dataclass(kw_only=True, slots=True)  # not frozen, which takes thrice the time, for every row
 class RowPlan:
-    """One row's requests, and what is made of their answers."""
+    """The requests of a row's prompt, and what is made of their answers."""
 
     prompt: Prompt
     token_ids: list[int]  # of the prompt, as the engine gets them
@@ -32,7 +32,7 @@ class RowPlan:
 
 
 class RowPlanner:
-    """Plans rows; `sampling` is what a row does not say itself.
+    """Plans rows, one prompt at a time; `sampling` is what a row does not say itself.
 
     Raises UserError for what no row can have.
     """
@@ -53,7 +53,7 @@ class RowPlanner:
     def plan(
         self, prompt: Prompt, token_ids: list[int], first_scored: int | None = None
     ) -> RowPlan:
-        """The row of `prompt`; raises Refused for settings that do not go together.
+        """What `prompt` asks for; raises Refused for settings that do not go together.
 
         first_scored: the position of the first token to score; None: there is none.
         """
@@ -82,8 +82,12 @@ class RowPlanner:
             fields["logprobs"] = 0
         stop = settings.stop or options.stop
         row_seed = fields.pop("seed", None)
+        first = prompt.position * num_samples
+        if first + num_samples > _SAMPLES_PER_ROW:
+            message = f"the row asks for more than {_SAMPLES_PER_ROW} completions"
+            raise Refused("bad_parameters", message)
         requests = []
-        for sample in range(num_samples):
+        for sample in range(first, first + num_samples):
             try:
                 seed = sample_seed(options.seed, prompt.index, row_seed, sample)
                 sampling = SamplingParams(**fields, seed=seed)
