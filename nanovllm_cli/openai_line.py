@@ -22,7 +22,7 @@ _ENDPOINTS: dict[str, Endpoint] = {
 # They change where a request runs and who is told of it, not what comes out.
 _WITHOUT_EFFECT = (
     *("stream", "user", "metadata", "store", "service_tier", "safety_identifier", "prediction"),
-    *("prompt_cache_key", "prompt_cache_retention"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 )
 _OF_BOTH = ("model", "messages", "prompt", "max_completion_tokens", *_WITHOUT_EFFECT, *SETTINGS)
 _SPELLED_BY_CHATS = frozenset({"logprobs", "top_logprobs", "reasoning_effort", "modalities"})

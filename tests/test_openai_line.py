@@ -47,7 +47,11 @@ def test_no_reasoning_effort_is_no_thinking() -> None:
 def test_what_has_no_effect_on_the_text_is_taken() -> None:
     ignored = {
         **{"service_tier": "flex", "safety_identifier": "x", "prompt_cache_key": "x"},
-        **{"prompt_cache_retention": "24h", "prediction": {"type": "content", "content": "x"}},
+        **{
+            "prompt_cache_retention": "24h",
+            "prompt_cache_options": {"ttl": "30m"},
+            "prediction": {"type": "content", "content": "x"},
+        },
         **{"modalities": ["text"], "metadata": {"a": "b"}, "store": False, "user": "x"},
     }
     assert good(chat_line(**ignored)).settings == good(chat_line()).settings

@@ -1,4 +1,4 @@
-"""forced_calls.py: what a row that must call a tool may write, and what comes out of such rows."""
+"""tool_choice.py: what a row that must call a tool may write, and what comes out of such rows."""
 
 import json
 import sys
@@ -28,6 +28,11 @@ def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
 
 def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = {"mode": mode, "tools": [named(name) for name in names]}
+    return {"type": "allowed_tools", "allowed_tools": tools}
 
 
 INTEGER = {"properties": {"x": {"type": "integer"}}, "required": ["x"]}
@@ -101,6 +106,19 @@ def test_a_named_function_is_the_only_one_that_may_be_called() -> None:
     assert not accepts(grammar(named("time"), **ONE_ONLY), written(SEVEN, SEVEN))
 
 
+def test_no_tool_is_shown_that_may_not_be_called() -> None:
+    only = grammar(allowed("required", "now", "time"))
+    assert accepts(only, written(SEVEN, NOW))
+    assert not accepts(only, written(OSLO))
+    row = {"messages": [USER], "tools": TOOLS}
+    for mode in ("auto", "required"):
+        settings = good({**row, "tool_choice": allowed(mode, "now", "time")}).settings
+        assert settings.tools == TOOLS[1:]
+        assert ("grammar" in settings.sampling) == (mode == "required")
+    assert good({**row, "tool_choice": named("weather")}).settings.tools == [TOOL]
+    assert good({**row, "tool_choice": "required"}).settings.tools == TOOLS
+
+
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "\u00fc \U0001f600", "a'b%s", "/* */"])
 def test_a_function_may_have_any_name(name: str) -> None:
     text = written(("NAME", {})).replace('"NAME"', json.dumps(name, ensure_ascii=False))
@@ -129,8 +147,9 @@ def test_plain_text_and_a_forced_call_are_a_forced_call() -> None:
     [
         ("bad_parameters", {"tools": None}, "tool_choice is 'required', but the row offers no"),
         ("bad_parameters", {"tools": []}, "tool_choice is 'required', but the row offers no tools"),
-        ("bad_parameters", {"tools": None, "tool_choice": named("time")}, "offers no tools"),
-        ("bad_parameters", {"tool_choice": named("when")}, "tool_choice names 'when', which is"),
+        ("bad_parameters", {"tools": None, "tool_choice": named("time")}, "tool_choice names 'ti"),
+        ("bad_parameters", {"tool_choice": named("when")}, "tool_choice names 'when', which the"),
+        ("bad_parameters", {"tool_choice": allowed("auto", "now", "when")}, "tool_choice names 'w"),
         ("bad_parameters", {"guided_regex": "a"}, "tool_choice is 'required', but the row has a"),
         ("bad_parameters", {"response_format": {"type": "json_object"}}, "has a grammar as well"),
         (
