@@ -42,10 +42,7 @@ def dry_run(options: GenerateOptions) -> ExitCode:
                 errors[fed.code] += 1
                 continue
             try:
-                plans = [
-                    planner.plan(each.prompt, each.token_ids, each.first_scored)
-                    for each in (fed, *fed.others)
-                ]
+                plans = planner.plans(fed)
                 for plan in plans:
                     _check(plan, engine.max_model_len, model.vocab_size)
             except Refused as refused:

@@ -120,10 +120,7 @@ class Job:
     def _start(self, fed: TokenizedPrompt) -> None:
         prompt = fed.prompt
         try:
-            plans = [
-                self._planner.plan(each.prompt, each.token_ids, each.first_scored)
-                for each in (fed, *fed.others)
-            ]
+            plans = self._planner.plans(fed)
         except Refused as refused:
             self._fail(bad_row(prompt, refused.code, refused.message))
             return

@@ -10,6 +10,7 @@ from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.request import Request
 from nanovllm_cli.core.sampling_params import SamplingParams
 
+from .feeder import TokenizedPrompt
 from .options import GenerateOptions
 from .prompts import Prompt
 from .refusal import Refused
@@ -32,7 +33,7 @@ class RowPlan:
 
 
 class RowPlanner:
-    """Plans rows, one prompt at a time; `sampling` is what a row does not say itself.
+    """Plans rows; `sampling` is what a row does not say itself.
 
     Raises UserError for what no row can have.
     """
@@ -50,20 +51,22 @@ class RowPlanner:
             except ValueError as error:
                 raise UserError(f"--bad-word: {error}") from None
 
-    def plan(
-        self, prompt: Prompt, token_ids: list[int], first_scored: int | None = None
-    ) -> RowPlan:
-        """What `prompt` asks for; raises Refused for settings that do not go together.
+    def plans(self, fed: TokenizedPrompt) -> list[RowPlan]:
+        """What each of a row's prompts asks for.
 
-        first_scored: the position of the first token to score; None: there is none.
+        Raises Refused for settings that do not go together.
         """
+        return [self._plan(each) for each in (fed, *fed.others)]
+
+    def _plan(self, fed: TokenizedPrompt) -> RowPlan:
+        prompt, token_ids = fed.prompt, fed.token_ids
         options, settings = self._options, prompt.settings
         if options.output_columns and prompt.endpoint is not None:
             message = "--output-columns cannot choose from an OpenAI batch line"
             raise Refused("bad_openai_line", message)
         fields = {**self._sampling, **settings.sampling}
-        if first_scored is not None:
-            fields["prompt_logprobs_start"] = first_scored
+        if fed.first_scored is not None:
+            fields["prompt_logprobs_start"] = fed.first_scored
         length = settings.truncate_prompt_tokens or options.truncate_prompt_tokens
         if length is not None:
             token_ids = token_ids[-length:]
