@@ -42,19 +42,21 @@ def dry_run(options: GenerateOptions) -> ExitCode:
                 errors[fed.code] += 1
                 continue
             try:
-                plan = planner.plan(fed.prompt, fed.token_ids, fed.first_scored)
-                _check(plan, engine.max_model_len, model.vocab_size)
+                plans = planner.plans(fed)
+                for plan in plans:
+                    _check(plan, engine.max_model_len, model.vocab_size)
             except Refused as refused:
                 errors[refused.code] += 1
                 continue
-            length = len(plan.token_ids)
             num_rows += 1
-            num_prompt_tokens += length
-            room = engine.max_model_len - length
-            most = min(plan.requests[0].sampling.max_tokens or room, room)
-            num_completion_tokens += most * len(plan.requests)
-            longest_prompt = max(longest_prompt, length)
-            longest = max(longest, length + most)
+            for plan in plans:
+                length = len(plan.token_ids)
+                num_prompt_tokens += length
+                room = engine.max_model_len - length
+                most = min(plan.requests[0].sampling.max_tokens or room, room)
+                num_completion_tokens += most * len(plan.requests)
+                longest_prompt = max(longest_prompt, length)
+                longest = max(longest, length + most)
 
     kv_bytes = model.kv_bytes_per_token(4 if engine.dtype == "float32" else 2)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -5,7 +5,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -29,6 +29,7 @@ class TokenizedPrompt:
     prompt: Prompt
     token_ids: list[int]
     first_scored: int | None = None  # a position; None: the prompt is completed, and not scored
+    others: "Sequence[TokenizedPrompt]" = ()  # the row's, where it has several
 
 
 Fed = TokenizedPrompt | BadRow
@@ -66,8 +67,17 @@ def tokenize(chunk: list[Prompt | BadRow], tokenizer: PromptTokenizer) -> list[F
         elif prompt.is_scored:
             fed.append(_scored(prompt, token_ids, num_context_tokens, tokenizer.first_token_id))
         else:
-            fed.append(TokenizedPrompt(prompt=prompt, token_ids=token_ids))
+            others = _others_of(prompt, tokenizer) if prompt.others else ()
+            fed.append(TokenizedPrompt(prompt=prompt, token_ids=token_ids, others=others))
     return fed
+
+
+def _others_of(prompt: Prompt, tokenizer: PromptTokenizer) -> list[TokenizedPrompt]:
+    others = []
+    for other, token_ids in zip(prompt.others, tokenizer.encode(prompt.others), strict=True):
+        assert not isinstance(token_ids, TemplateError), "only chats go through a template"
+        others.append(TokenizedPrompt(prompt=other, token_ids=token_ids))
+    return others
 
 
 def _scored(

@@ -120,12 +120,12 @@ class Job:
     def _start(self, fed: TokenizedPrompt) -> None:
         prompt = fed.prompt
         try:
-            plan = self._planner.plan(prompt, fed.token_ids, fed.first_scored)
+            plans = self._planner.plans(fed)
         except Refused as refused:
             self._fail(bad_row(prompt, refused.code, refused.message))
             return
-        self._running[prompt.index] = RunningRow(plan, self._tokenizer)
-        for request in plan.requests:
+        row = self._running[prompt.index] = RunningRow(plans, self._tokenizer)
+        for request in row.requests:
             failure = self._engine.add(request)
             if failure is not None:
                 self._take(failure)
@@ -137,12 +137,12 @@ class Job:
         if row is None or row.has(sample):
             return  # another sample has failed the row, or a stop string has ended this one
         if isinstance(output, Failure):
-            self._fail(bad_row(row.plan.prompt, output.code, output.message))
+            self._fail(bad_row(row.prompt, output.code, output.message))
             return
-        if row.plan.prompt.is_scored:
+        if row.prompt.is_scored:
             assert isinstance(output, Completion), "a score has no stop strings"
             has_tokens = self._options.token_logprobs
-            line = score_line(row.plan, output, self._columns, has_token_logprobs=has_tokens)
+            line = score_line(row.plans[0], output, self._columns, has_token_logprobs=has_tokens)
             self._write(index, line)
             return
         finished = row.take(sample, output)
@@ -163,7 +163,7 @@ class Job:
 
     def _fail(self, row: BadRow) -> None:
         running = self._running.pop(row.index, None)
-        for request in running.plan.requests if running is not None else ():
+        for request in running.requests if running is not None else ():
             self._engine.abort(request.request_id)
         self._totals.errors[row.code] += 1
         self._output.write_error(row)

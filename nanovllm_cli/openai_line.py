@@ -22,7 +22,7 @@ _ENDPOINTS: dict[str, Endpoint] = {
 # They change where a request runs and who is told of it, not what comes out.
 _WITHOUT_EFFECT = (
     *("stream", "user", "metadata", "store", "service_tier", "safety_identifier", "prediction"),
-    *("prompt_cache_key", "prompt_cache_retention"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 )
 _OF_BOTH = ("model", "messages", "prompt", "max_completion_tokens", *_WITHOUT_EFFECT, *SETTINGS)
 _SPELLED_BY_CHATS = frozenset({"logprobs", "top_logprobs", "reasoning_effort", "modalities"})
@@ -39,6 +39,7 @@ class OpenAIRequest(NamedTuple):
     model: str | None
     content: Content
     settings: RowSettings
+    others: list[Content]  # a completion's further prompts
 
 
 def is_openai_line(columns: Mapping[str, Any]) -> bool:
@@ -54,16 +55,16 @@ def parse_openai_line(columns: Mapping[str, Any], system: str | None) -> OpenAIR
     model = body.pop("model", None)
     if model is not None:
         checked_text("body.model", model, "bad_openai_line")
-    content = _take_content(endpoint, body, system)
+    content, *others = _take_contents(endpoint, body, system)
     if endpoint == "chat" and not _SPELLED_BY_CHATS.isdisjoint(body):
         _translate_chat_fields(body)
     echo = body.pop("echo", False)
     if not isinstance(echo, bool):
         raise Refused("bad_parameters", f"body.echo is {shown(echo)}; it must be true or false")
     settings = parse_settings(body, "body.")
-    return OpenAIRequest(
-        endpoint, model, content, settings._replace(echo=True) if echo else settings
-    )
+    if echo:
+        settings = settings._replace(echo=True)
+    return OpenAIRequest(endpoint, model, content, settings, others)
 
 
 def _endpoint_and_body(columns: Mapping[str, Any]) -> tuple[Endpoint, dict[str, Any]]:
@@ -125,20 +126,21 @@ def _translate_chat_fields(body: dict[str, Any]) -> None:
         body["logprobs"] = top or 0
 
 
-def _take_content(endpoint: Endpoint, body: dict[str, Any], system: str | None) -> Content:
-    """Takes it out of `body`, where settings remain."""
+def _take_contents(endpoint: Endpoint, body: dict[str, Any], system: str | None) -> list[Content]:
+    """Takes them out of `body`, where settings remain: one, or several prompts of a completion."""
     prompt, messages = body.pop("prompt", None), body.pop("messages", None)
     foreign = prompt if endpoint == "chat" else messages
     if foreign is not None:
         names = "messages and no prompt" if endpoint == "chat" else "a prompt and no messages"
         raise Refused("bad_openai_line", f"the body of this url has {names}")
     if endpoint == "chat":
-        return from_messages(messages, "body.messages", system)
+        return [from_messages(messages, "body.messages", system)]
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        if len(prompt) > 1:
-            message = f"body.prompt is {shown(prompt)}; several prompts need a line each"
-            raise Refused("bad_prompt", message)
-        (prompt,) = prompt
+        return [_content_of(item, f"body.prompt[{at}]") for at, item in enumerate(prompt)]
+    return [_content_of(prompt, "body.prompt")]
+
+
+def _content_of(prompt: Any, place: str) -> Content:
     if isinstance(prompt, list):
-        return from_token_ids(prompt, "body.prompt")
-    return from_text(prompt, "body.prompt")
+        return from_token_ids(prompt, place)
+    return from_text(prompt, place)

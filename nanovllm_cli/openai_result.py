@@ -6,7 +6,10 @@ https://platform.openai.com/docs/api-reference/completions/object.
 """
 
 import codecs
+from collections.abc import Iterable
 from typing import Any
+
+import orjson
 
 from .files import as_text
 from .prompts import Prompt
@@ -57,6 +60,24 @@ def openai_result(
         "response": {"status_code": 200, "request_id": f"req_{key}", "body": body},
         "error": None,
     }
+
+
+def joined_lines(lines: Iterable[bytes]) -> bytes:
+    """The completed rows of a row's prompts as one: all their choices, and their usage together."""
+    results = [orjson.loads(line) for line in lines]
+    first, *others = (result["response"]["body"] for result in results)
+    for body in others:
+        first["choices"] += body["choices"]
+        for name, count in body["usage"].items():
+            first["usage"][name] += count
+    for index, choice in enumerate(first["choices"]):
+        choice["index"] = index
+    if "prompt_logprobs" in first:
+        first["prompt_logprobs"] = [
+            first["prompt_logprobs"],
+            *(b["prompt_logprobs"] for b in others),
+        ]
+    return orjson.dumps(results[0])
 
 
 def openai_error(row: BadRow) -> dict[str, Any]:

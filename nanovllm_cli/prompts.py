@@ -5,7 +5,7 @@ makes token ids of the first two. A row that cannot run does not stop the job.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -35,6 +35,8 @@ class Prompt:
     model: str | None  # what an OpenAI batch line asks for
     is_scored: bool = False  # and not completed
     context: str | None = None  # of a pair, which is in `text`: its part that is not scored
+    others: "tuple[Prompt, ...]" = ()  # where the row has several: an OpenAI completion's
+    position: int = 0  # among them all
 
     @property
     def sampling(self) -> Mapping[str, Any]:
@@ -73,6 +75,7 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
     endpoint: Endpoint | None = None
     model: str | None = None
     context: str | None = None
+    others: list[Content] = []
     is_openai = is_openai_line(columns)
     try:
         if options.is_score:
@@ -81,12 +84,14 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
             settings = RowSettings()
         elif is_openai:
             row_id = checked_text("custom_id", columns["custom_id"], "bad_openai_line")
-            endpoint, model, content, settings = parse_openai_line(columns, options.system)
+            asked = parse_openai_line(columns, options.system)
+            endpoint, model, content, settings, others = asked
         else:
             row_id = _id_of(columns, options)
             settings = settings_of(columns, options.named_columns)
             content = _content_of(row, options)
         text, messages, token_ids = with_prefix(content, options.prefix)
+        others = [with_prefix(other, options.prefix) for other in others]
         enable_thinking = settings.enable_thinking
         if messages is None and settings.for_chats is not None:
             raise Refused("bad_parameters", f"{settings.for_chats} needs messages, not a prompt")
@@ -94,7 +99,7 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
             enable_thinking = options.enable_thinking
     except Refused as refused:
         return row.failed(row_id, refused.code, refused.message, is_openai_line=is_openai)
-    return Prompt(
+    prompt = Prompt(
         row=row,
         id=row_id,
         text=text,
@@ -107,6 +112,12 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
         is_scored=options.is_score,
         context=context,
     )
+    if others:
+        prompt.others = tuple(
+            replace(prompt, text=other.text, token_ids=other.token_ids, position=position)
+            for position, other in enumerate(others, 1)
+        )
+    return prompt
 
 
 def _id_of(columns: Mapping[str, Any], options: PromptOptions) -> str | int | None:

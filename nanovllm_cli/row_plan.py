@@ -1,4 +1,4 @@
-"""RowPlan: what the engine is asked for one row, its own settings over the job's."""
+"""RowPlan: what the engine is asked for a row's prompt, the row's settings over the job's."""
 
 import struct
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.request import Request
 from nanovllm_cli.core.sampling_params import SamplingParams
 
+from .feeder import TokenizedPrompt
 from .options import GenerateOptions
 from .prompts import Prompt
 from .refusal import Refused
@@ -21,7 +22,7 @@ _GREEDY_BELOW = 1e-5  # of temperatures, as the engine has it
 
 @dataclass(kw_only=True, slots=True)  # not frozen, which takes thrice the time, for every row
 class RowPlan:
-    """One row's requests, and what is made of their answers."""
+    """The requests of a row's prompt, and what is made of their answers."""
 
     prompt: Prompt
     token_ids: list[int]  # of the prompt, as the engine gets them
@@ -50,20 +51,22 @@ class RowPlanner:
             except ValueError as error:
                 raise UserError(f"--bad-word: {error}") from None
 
-    def plan(
-        self, prompt: Prompt, token_ids: list[int], first_scored: int | None = None
-    ) -> RowPlan:
-        """The row of `prompt`; raises Refused for settings that do not go together.
+    def plans(self, fed: TokenizedPrompt) -> list[RowPlan]:
+        """What each of a row's prompts asks for.
 
-        first_scored: the position of the first token to score; None: there is none.
+        Raises Refused for settings that do not go together.
         """
+        return [self._plan(each) for each in (fed, *fed.others)]
+
+    def _plan(self, fed: TokenizedPrompt) -> RowPlan:
+        prompt, token_ids = fed.prompt, fed.token_ids
         options, settings = self._options, prompt.settings
         if options.output_columns and prompt.endpoint is not None:
             message = "--output-columns cannot choose from an OpenAI batch line"
             raise Refused("bad_openai_line", message)
         fields = {**self._sampling, **settings.sampling}
-        if first_scored is not None:
-            fields["prompt_logprobs_start"] = first_scored
+        if fed.first_scored is not None:
+            fields["prompt_logprobs_start"] = fed.first_scored
         length = settings.truncate_prompt_tokens or options.truncate_prompt_tokens
         if length is not None:
             token_ids = token_ids[-length:]
@@ -82,8 +85,12 @@ class RowPlanner:
             fields["logprobs"] = 0
         stop = settings.stop or options.stop
         row_seed = fields.pop("seed", None)
+        first = prompt.position * num_samples
+        if first + num_samples > _SAMPLES_PER_ROW:
+            message = f"the row asks for more than {_SAMPLES_PER_ROW} completions"
+            raise Refused("bad_parameters", message)
         requests = []
-        for sample in range(num_samples):
+        for sample in range(first, first + num_samples):
             try:
                 seed = sample_seed(options.seed, prompt.index, row_seed, sample)
                 sampling = SamplingParams(**fields, seed=seed)

@@ -17,6 +17,7 @@ from . import structured_output
 from .refusal import Refused, shown
 from .setting_values import MAX_OWN_STOP_TOKEN_IDS, MAX_SAMPLES, MAX_STOP_STRINGS, MAX_TOKEN_ID
 from .tool_calls import Tools, checked_tools
+from .tool_choice import chosen_tools
 
 _NUMBERS = (
     *("temperature", "top_p", "min_p"),
@@ -42,7 +43,10 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "thinking_budget": (values.is_count, "an integer of at least 0"),
     "chat_template_kwargs": (values.is_template_arguments, '{"enable_thinking": true or false}'),
     "tools": (values.is_list, "a list of tools"),
-    "tool_choice": (values.is_tool_choice, "'auto' or 'none'; no call can be forced"),
+    "tool_choice": (
+        values.is_tool_choice,
+        "'auto', 'none', 'required' or an object of type 'function' or 'allowed_tools'",
+    ),
     "parallel_tool_calls": (values.is_bool, "true or false"),
     **structured_output.SETTINGS,
 }
@@ -160,7 +164,14 @@ def parse_settings(fields: Mapping[str, Any], place: str) -> RowSettings:
 def _row_settings(sampling: dict[str, Any], own: dict[str, Any], place: str) -> RowSettings:
     """With those that are not SamplingParams' fields."""
     stop, bad_words = own.get("stop", ()), own.get("bad_words")
-    tools = checked_tools(own["tools"], f"{place}tools") if "tools" in own else None
+    tools = checked_tools(own["tools"], f"{place}tools") if "tools" in own else []
+    choice, is_one_only = own.get("tool_choice", "auto"), own.get("parallel_tool_calls") is False
+    tools, calls = chosen_tools(tools, choice, is_one_only=is_one_only, place=place)
+    if calls is not None:
+        if sampling.get("grammar") is not None:
+            message = f"{place}tool_choice is {shown(choice)}, but the row has a grammar as well"
+            raise Refused("bad_parameters", message)
+        sampling["grammar"] = calls
     return RowSettings(
         sampling=sampling,
         n=own.get("n"),
@@ -170,8 +181,8 @@ def _row_settings(sampling: dict[str, Any], own: dict[str, Any], place: str) -> 
         bad_words=None if bad_words is None else tuple(bad_words),
         truncate_prompt_tokens=own.get("truncate_prompt_tokens"),
         thinking_budget=own.get("thinking_budget"),
-        tools=tools if tools and own.get("tool_choice") != "none" else None,
-        is_one_call_only=own.get("parallel_tool_calls") is False,
+        tools=tools or None,
+        is_one_call_only=is_one_only,
     )
 
 

@@ -67,7 +67,22 @@ def _is_token_id(name: Any) -> bool:
 
 
 def is_tool_choice(value: Any) -> bool:
-    return value == "auto" or value == "none"
+    match value:
+        case "auto" | "none" | "required":
+            return True
+        case {"type": "allowed_tools", "allowed_tools": {**allowed}, **others}:
+            tools = allowed.get("tools")
+            is_list = isinstance(tools, list) and len(tools) > 0 and all(map(_is_named, tools))
+            is_whole = allowed.get("mode") in ("auto", "required") and len(allowed) == 2
+            return is_list and is_whole and not others
+    return _is_named(value)
+
+
+def _is_named(value: Any) -> bool:
+    match value:
+        case {"type": "function", "function": {"name": str(), **more}, **others}:
+            return not more and not others
+    return False
 
 
 def is_template_arguments(value: Any) -> bool:

@@ -47,7 +47,11 @@ def test_no_reasoning_effort_is_no_thinking() -> None:
 def test_what_has_no_effect_on_the_text_is_taken() -> None:
     ignored = {
         **{"service_tier": "flex", "safety_identifier": "x", "prompt_cache_key": "x"},
-        **{"prompt_cache_retention": "24h", "prediction": {"type": "content", "content": "x"}},
+        **{
+            "prompt_cache_retention": "24h",
+            "prompt_cache_options": {"ttl": "30m"},
+            "prediction": {"type": "content", "content": "x"},
+        },
         **{"modalities": ["text"], "metadata": {"a": "b"}, "store": False, "user": "x"},
     }
     assert good(chat_line(**ignored)).settings == good(chat_line()).settings
@@ -67,6 +71,17 @@ def test_a_completion_may_echo_its_prompt() -> None:
 def test_a_list_of_one_prompt_is_that_prompt() -> None:
     assert good(text_line(prompt=["Hello"])).text == "Hello"
     assert good(text_line(prompt=[[1, 2]])).token_ids == [1, 2]
+    assert good(text_line(prompt=["Hello"])).others == ()
+
+
+def test_several_prompts_are_each_as_it_is_alone() -> None:
+    first = good(text_line(prompt=["Hello", "you"], n=2), prefix="Oh ")
+    (other,) = first.others
+    assert (first.text, other.text) == ("Oh Hello", "Oh you")
+    assert (first.position, other.position, other.others) == (0, 1, ())
+    assert (other.settings, other.row, other.id) == (first.settings, first.row, first.id)
+    ids = good(text_line(prompt=[[1, 2], [3], [4]]))
+    assert [prompt.token_ids for prompt in (ids, *ids.others)] == [[1, 2], [3], [4]]
 
 
 def test_a_bad_line_is_known_for_one() -> None:
@@ -101,7 +116,10 @@ def test_a_bad_openai_line_is_named(columns: dict[str, Any], words: str) -> None
     [
         ("bad_messages", batch_line({"model": "m"}), "body.messages is null"),
         ("bad_prompt", text_line(), "body.prompt is null"),
-        ("bad_prompt", text_line(prompt=["a", "b"]), "body.prompt is ['a', 'b']"),
+        ("bad_prompt", text_line(prompt=["a", 1]), "body.prompt[1] is 1; it must be a string"),
+        ("bad_prompt", text_line(prompt=[[1], [-2]]), "body.prompt[1] is [-2]; it must be a list"),
+        ("empty_prompt", text_line(prompt=["a", "b", ""]), "body.prompt[2] is empty"),
+        ("empty_prompt", text_line(prompt=[[]]), "body.prompt[0] is empty"),
         ("empty_prompt", text_line(prompt=""), "body.prompt is empty"),
         ("empty_prompt", text_line(prompt=[]), "body.prompt is empty"),
         ("bad_parameters", chat_line(stream=True), "body.stream is True"),
@@ -116,12 +134,11 @@ def test_a_bad_openai_line_is_named(columns: dict[str, Any], words: str) -> None
         ("bad_parameters", chat_line(reasoning_effort="high"), "body.reasoning_effort is 'high'"),
         ("bad_parameters", chat_line(modalities=["audio"]), "body.modalities is ['audio']"),
         ("bad_parameters", chat_line(tools={}), "body.tools is {}; it must be a list"),
-        ("bad_parameters", chat_line(tool_choice="required"), "body.tool_choice is 'required'"),
+        ("bad_parameters", chat_line(tool_choice="any"), "body.tool_choice is 'any'; it must be"),
         ("bad_parameters", text_line(prompt="x", logprobs=True), "body.logprobs is True"),
         ("bad_parameters", text_line(prompt="x", echo="yes"), "body.echo is 'yes'"),
         ("bad_parameters", text_line(prompt="x", tools=[TOOL]), "tools needs messages"),
         ("bad_tools", chat_line(tools=[{"type": "custom"}]), "body.tools[0].type is 'custom'"),
-        ("bad_prompt", text_line(prompt=[[1], [2]]), "several prompts need a line each"),
         ("unknown_setting", text_line(prompt="x", top_logprobs=1), "use 'logprobs'"),
         ("unknown_setting", text_line(prompt="x", reasoning_effort="none"), "'reasoning_effort'"),
         ("unknown_setting", text_line(prompt="x", suffix="y"), "'suffix'"),

@@ -85,6 +85,14 @@ def test_stop_can_be_one_string() -> None:
     assert good({"prompt": "x", "stop": "\n"}).stop == ("\n",)
 
 
+NAMED = {"type": "function", "function": {"name": "f"}}
+BAD_ALLOWED = [
+    *([], {}, {"mode": "auto"}, {"tools": [NAMED]}, {"mode": "none", "tools": [NAMED]}),
+    *({"mode": "auto", "tools": tools} for tools in ([], ["f"], [NAMED, {"type": "function"}], {})),
+    {"mode": "auto", "tools": [NAMED], "strict": True},
+]
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -110,7 +118,15 @@ def test_stop_can_be_one_string() -> None:
         ("bad_words", ["no", [""], [" "], [1], ["a"] * 65, {}]),
         ("truncate_prompt_tokens", [0, -1, 1.0, "5", True]),
         ("thinking_budget", [-1, 1.0, "5", True]),
-        ("tool_choice", ["required", 1, {"type": "function", "function": {"name": "f"}}]),
+        (
+            "tool_choice",
+            ["any", "", 1, [], {}, {"type": "function"}, {"type": "function", "name": "f"}],
+        ),
+        ("tool_choice", [{"type": "function", "function": {"name": "f", "strict": True}}]),
+        ("tool_choice", [{"type": "function", "function": {"name": "f"}, "mode": "auto"}]),
+        ("tool_choice", [{"type": "function", "function": {"name": 1}}]),
+        ("tool_choice", [{"type": "custom", "custom": {"name": "f"}}]),
+        ("tool_choice", [{"type": "allowed_tools", "allowed_tools": bad} for bad in BAD_ALLOWED]),
         ("parallel_tool_calls", [1, "true"]),
         ("tools", [{}, "weather", 1]),
         ("chat_template_kwargs", [1, [], {"enable_thinking": 1}, {"x": True}]),
