@@ -9,7 +9,7 @@ in rows.
 import torch
 from torch import Tensor
 
-from nanovllm_cli.kernels.meeting import max_blocks, meet
+from nanovllm_cli.kernels.meeting import max_blocks, meet, note_meetings, num_meetings
 from nanovllm_cli.kernels.triton_import import tl, triton
 
 _TILE = 8192  # columns a program moves at once: 16 KiB under way for each multiprocessor
@@ -36,7 +36,8 @@ def join_columns_kernel(
     """One program: some tiles of a row, of every rank's part; its own rank's last."""
     block = tl.program_id(0)
     tiles_per_row = tl.cdiv(part, TILE)
-    meet(signal_ptrs, block, RANK, NUM_RANKS)
+    count = num_meetings(signal_ptrs, block, RANK, NUM_RANKS)
+    meet(signal_ptrs, block, count + 1, RANK, NUM_RANKS)
     for tile in range(block, num_tiles, tl.num_programs(0)):
         row = tl.cast(tile // tiles_per_row, tl.int64)
         columns = tile % tiles_per_row * TILE + tl.arange(0, TILE)
@@ -47,7 +48,8 @@ def join_columns_kernel(
             # .cg: a peer's memory is read past L1, which may hold an older line of it.
             x = tl.load(parts + row * part + columns, mask=mask, cache_modifier=".cg")
             tl.store(out_ptr + row * num_columns + rank * part + columns, x, mask=mask)
-    meet(signal_ptrs, block, RANK, NUM_RANKS)
+    meet(signal_ptrs, block, count + 2, RANK, NUM_RANKS)
+    note_meetings(signal_ptrs, block, count + 2, RANK, NUM_RANKS)
 
 
 def join_columns(
@@ -62,8 +64,8 @@ def join_columns(
     """Fill out, [num_rows, num_columns], from every rank's [num_rows, part], contiguous.
 
     The pointers: int64 [num_ranks], by rank, of memory that this GPU reaches; signals:
-    `signal_bytes` of zeros, which are zeros again at the end. Every rank makes the same calls in
-    the same order, on one stream.
+    `signal_bytes` that were zeros before the first call of any kernel that meets there. Every rank
+    makes the same calls in the same order, on one stream.
     """
     num_rows, num_columns = out.shape
     num_ranks = len(part_ptrs)

@@ -11,7 +11,7 @@ every rank would make of every row.
 import torch
 from torch import Tensor
 
-from nanovllm_cli.kernels.meeting import max_blocks, meet
+from nanovllm_cli.kernels.meeting import max_blocks, meet, note_meetings, num_meetings
 from nanovllm_cli.kernels.rms_norm import normalized, rms_norm_reference, warps_of_row
 from nanovllm_cli.kernels.triton_import import tl, triton
 
@@ -24,11 +24,18 @@ def sum_add_rms_norm_reference(
     return rms_norm_reference(residual, weight, eps)
 
 
+@triton.jit
+def load_row(ptr, row, num_rows, size, offsets):
+    """Zeros beyond the last."""
+    mask = (offsets < size) & (row + 0 * offsets < num_rows)
+    return tl.load(ptr + tl.cast(row, tl.int64) * size + offsets, mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def sum_add_rms_norm_kernel(
     term_ptrs,  # int64 [NUM_RANKS], addresses of [num_rows, size]
     out_ptrs,  # int64 [NUM_RANKS], likewise
-    signal_ptrs,  # int64 [NUM_RANKS], addresses of int32 [blocks, NUM_RANKS], zeros
+    signal_ptrs,  # int64 [NUM_RANKS], addresses of int32 [blocks, NUM_RANKS], zeros at first
     residual_ptr,  # [num_rows, size], changed in place
     weight_ptr,  # [size]
     eps,
@@ -38,21 +45,29 @@ def sum_add_rms_norm_kernel(
     NUM_RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: some of this rank's rows, one after the other. Sums in fp32, in ranks' order."""
+    """One program: some of this rank's rows, one after the other. Sums in fp32, in ranks' order.
+
+    What is this GPU's own is loaded before the others are waited for.
+    """
     block = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < size
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
-    meet(signal_ptrs, block, RANK, NUM_RANKS)
-    step = tl.num_programs(0) * NUM_RANKS
-    for row in range(block * NUM_RANKS + RANK, num_rows, step):
+    own_terms = tl.multiple_of(tl.load(term_ptrs + RANK).to(weight_ptr.dtype), 16)
+    count = num_meetings(signal_ptrs, block, RANK, NUM_RANKS)
+    row = block * NUM_RANKS + RANK
+    residual = load_row(residual_ptr, row, num_rows, size, offsets)
+    own = load_row(own_terms, row, num_rows, size, offsets)
+    meet(signal_ptrs, block, count + 1, RANK, NUM_RANKS)
+    while row < num_rows:
         start = tl.cast(row, tl.int64) * size
-        residual = tl.load(residual_ptr + start + offsets, mask=mask, other=0.0)
         total = tl.zeros([BLOCK], tl.float32)
         for rank in tl.static_range(NUM_RANKS):
-            terms = tl.multiple_of(tl.load(term_ptrs + rank).to(weight_ptr.dtype), 16)
-            # .cg: a peer's memory is read past L1, which may hold an older line of it.
-            x = tl.load(terms + start + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+            x = own
+            if rank != RANK:
+                terms = tl.multiple_of(tl.load(term_ptrs + rank).to(weight_ptr.dtype), 16)
+                # .cg: a peer's memory is read past L1, which may hold an older line of it.
+                x = tl.load(terms + start + offsets, mask=mask, other=0.0, cache_modifier=".cg")
             total += x.to(tl.float32)
         total = (residual.to(tl.float32) + total).to(residual.dtype)
         tl.store(residual_ptr + start + offsets, total, mask=mask)
@@ -60,7 +75,11 @@ def sum_add_rms_norm_kernel(
         for rank in tl.static_range(NUM_RANKS):
             out = tl.multiple_of(tl.load(out_ptrs + rank).to(weight_ptr.dtype), 16)
             tl.store(out + start + offsets, norm, mask=mask)
-    meet(signal_ptrs, block, RANK, NUM_RANKS)
+        row += tl.num_programs(0) * NUM_RANKS
+        residual = load_row(residual_ptr, row, num_rows, size, offsets)
+        own = load_row(own_terms, row, num_rows, size, offsets)
+    meet(signal_ptrs, block, count + 2, RANK, NUM_RANKS)
+    note_meetings(signal_ptrs, block, count + 2, RANK, NUM_RANKS)
 
 
 def sum_add_rms_norm(
@@ -78,8 +97,8 @@ def sum_add_rms_norm(
 
     residual: [num_rows, size], changed in place in rows rank, rank + num_ranks, ...; the pointers:
     int64 [num_ranks], by rank, of memory that this GPU reaches: terms and out like residual,
-    contiguous, and signals, `signal_bytes` of zeros, which are zeros again at the end. Every rank
-    makes the same calls in the same order, on one stream.
+    contiguous, and signals, `signal_bytes` that were zeros before the first call of any kernel that
+    meets there. Every rank makes the same calls in the same order, on one stream.
     """
     num_rows, size = residual.shape
     num_ranks = len(term_ptrs)

@@ -1,6 +1,6 @@
 """The kernels of several ranks, one rank after the other on one device: each meets itself.
 
-A rank's flag for another one is made to be the other's flag for it, so that nobody waits.
+A rank's counter for another one is made to be the other's for it, so that nobody waits.
 """
 
 import pytest
@@ -20,11 +20,12 @@ def addresses(tensors: Tensor) -> Tensor:
     return torch.tensor([part.data_ptr() for part in tensors], device=DEVICE)
 
 
-def signals_to_oneself(num_ranks: int) -> tuple[Tensor, Tensor]:
-    """The flags, and where each rank finds its own: one flag further than the rank before."""
-    flags = torch.zeros(SIGNAL_BYTES // 4 + num_ranks, dtype=torch.int32, device=DEVICE)
-    start = flags.data_ptr()
-    return flags, torch.tensor([start + 4 * rank for rank in range(num_ranks)], device=DEVICE)
+def signals_to_oneself(num_ranks: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """The counters, and where each rank finds its own: one further than the rank before."""
+    size = SIGNAL_BYTES // 4 + num_ranks
+    counters = torch.full((size,), first, dtype=torch.int32, device=DEVICE)
+    start = counters.data_ptr()
+    return counters, torch.tensor([start + 4 * rank for rank in range(num_ranks)], device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,10 +43,10 @@ def test_ranks_sum_and_normalize_each_its_rows(
     total = residual.clone()
     expected = sum_add_rms_norm_reference(terms, total, weight, 1e-6)
     out = torch.full_like(terms, torch.nan)
-    flags, signals = signals_to_oneself(num_ranks)
     merged = torch.full_like(residual, torch.nan)
     for rank in range(num_ranks):
         own_residual = residual.clone()
+        counters, signals = signals_to_oneself(num_ranks)
         sum_add_rms_norm(
             addresses(terms),
             addresses(out),
@@ -56,7 +57,7 @@ def test_ranks_sum_and_normalize_each_its_rows(
             rank=rank,
             signal_bytes=SIGNAL_BYTES,
         )
-        assert not flags.any()
+        assert set(counters.tolist()) in ({2}, {0, 2})
         merged[rank::num_ranks] = own_residual[rank::num_ranks]
         own_residual[rank::num_ranks] = residual[rank::num_ranks]
         assert torch.equal(own_residual, residual), "another rank's row changed"
@@ -75,9 +76,28 @@ def test_ranks_see_all_columns(
     num_ranks: int, num_rows: int, part: int, num_columns: int, dtype: torch.dtype
 ) -> None:
     parts = randn(num_ranks, num_rows, part, dtype=dtype)
-    flags, signals = signals_to_oneself(num_ranks)
     for rank in range(num_ranks):
+        counters, signals = signals_to_oneself(num_ranks)
         out = torch.full((num_rows, num_columns), torch.nan, dtype=dtype, device=DEVICE)
         join_columns(addresses(parts), signals, out, part, rank=rank, signal_bytes=SIGNAL_BYTES)
         assert torch.equal(out, join_columns_reference(parts, num_columns))
-        assert not flags.any()
+        assert set(counters.tolist()) in ({2}, {0, 2})
+
+
+@pytest.mark.parametrize("first", [0, 7, 2**31 - 4, 2**31 - 3, -5])
+def test_ranks_go_on_meeting_launch_after_launch_and_beyond_the_largest_count(first: int) -> None:
+    parts, columns = randn(2, 3, 20), torch.zeros(3, 40, device=DEVICE)
+    terms, weight = randn(2, 5, 16), randn(16)
+    counters, signals = signals_to_oneself(2, first)
+    for launches in range(1, 4):
+        residual = torch.zeros(5, 16, device=DEVICE)
+        out = torch.full_like(terms, torch.nan)
+        join_columns(addresses(parts), signals, columns, 20, rank=1, signal_bytes=8)
+        sum_add_rms_norm(
+            addresses(terms), addresses(out), signals, residual, weight, 1e-6, rank=1,
+            signal_bytes=8,
+        )  # fmt: skip
+        assert torch.equal(columns, join_columns_reference(parts, 40))
+        assert not out[:, 1::2].isnan().any()
+        expected = (first + 4 * launches + 2**31) % 2**32 - 2**31
+        assert counters[1:3].tolist() == [expected, expected]
