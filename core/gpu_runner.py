@@ -3,7 +3,8 @@
 Launches are enqueued on one stream and read later. A prefill runs eagerly; a decode window replays
 the captured step of its bucket once a step, with nothing from the host in between. Where a row asks
 for more than a draw, each step replays a graph of the model alone, captured when it is first
-needed, and what token_choice.py does follows eagerly; nothing waits there either.
+needed, and what token_choice.py does follows eagerly; nothing waits there either. A step that takes
+several tokens of some rows is such a graph as well (gpu_forced.py).
 """
 
 from functools import partial
