@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nanovllm_cli.core.grammar import Matcher
 
 BITS_PER_WORD = 32
+_MOST_THREADS = 15  # as many as were measured; more take cores from other ranks and engines
 
 
 class MaskThreads:
@@ -24,8 +25,8 @@ class MaskThreads:
     def __init__(self, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
         import llguidance
 
-        # Its own choice is 80 % of the cores; one is kept for the thread that asks.
-        num_threads = max(len(os.sched_getaffinity(0)) - 1, 1)
+        # Its own choice is 80 % of the cores; here one is kept for the thread that asks.
+        num_threads = min(max(len(os.sched_getaffinity(0)) - 1, 1), _MOST_THREADS)
         self.executor = llguidance.LLExecutor(num_threads=num_threads)
         self.background = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self.eos_token_ids = eos_token_ids

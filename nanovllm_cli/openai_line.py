@@ -25,6 +25,9 @@ _WITHOUT_EFFECT = (
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 )
 _OF_BOTH = ("model", "messages", "prompt", "max_completion_tokens", *_WITHOUT_EFFECT, *SETTINGS)
+# Qwen3 thinks or does not; `thinking_budget` is what limits a thought.
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+_FIRST_THAT_THINKS = _EFFORTS.index("low")
 _SPELLED_BY_CHATS = frozenset({"logprobs", "top_logprobs", "reasoning_effort", "modalities"})
 _BODY_FIELDS: dict[Endpoint, frozenset[str]] = {
     "chat": frozenset({*_OF_BOTH, *_SPELLED_BY_CHATS}),
@@ -108,11 +111,11 @@ def _translate_chat_fields(body: dict[str, Any]) -> None:
     if modalities != ["text"]:
         raise Refused(code, f"body.modalities is {shown(modalities)}; only ['text'] is supported")
     if effort is not None:
-        without_thought = {"enable_thinking": False}
-        if effort != "none":
-            reason = "only 'none' is supported; thinking_budget limits a thought"
-            raise Refused(code, f"body.reasoning_effort is {shown(effort)}; {reason}")
-        if body.setdefault("chat_template_kwargs", without_thought) != without_thought:
+        if effort not in _EFFORTS:
+            message = f"body.reasoning_effort is {shown(effort)}; it must be one of "
+            raise Refused(code, message + ", ".join(_EFFORTS))
+        thinks = {"enable_thinking": _EFFORTS.index(effort) >= _FIRST_THAT_THINKS}
+        if body.setdefault("chat_template_kwargs", thinks) != thinks:
             raise Refused(code, "body.reasoning_effort and chat_template_kwargs differ")
     logprobs, top = body.pop("logprobs", False), body.pop("top_logprobs", None)
     if not isinstance(logprobs, bool):

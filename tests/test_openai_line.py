@@ -38,10 +38,13 @@ def test_a_chat_asks_for_log_probabilities_with_two_fields() -> None:
     assert good(text_line(prompt="x", logprobs=5)).sampling == {"logprobs": 5}
 
 
-def test_no_reasoning_effort_is_no_thinking() -> None:
-    assert good(chat_line(reasoning_effort="none"), enable_thinking=True).enable_thinking is False
-    thinks = {"chat_template_kwargs": {"enable_thinking": True}}
-    bad("bad_parameters", chat_line(reasoning_effort="none", **thinks), "differ")
+def test_a_reasoning_effort_says_whether_to_think() -> None:
+    efforts = {"none": False, "minimal": False, "low": True, "medium": True, "high": True}
+    for effort, thinks in {**efforts, "xhigh": True}.items():
+        prompt = good(chat_line(reasoning_effort=effort), enable_thinking=not thinks)
+        assert prompt.enable_thinking is thinks
+    other = {"chat_template_kwargs": {"enable_thinking": True}}
+    bad("bad_parameters", chat_line(reasoning_effort="none", **other), "differ")
 
 
 def test_what_has_no_effect_on_the_text_is_taken() -> None:
@@ -131,7 +134,8 @@ def test_a_bad_openai_line_is_named(columns: dict[str, Any], words: str) -> None
         ("bad_parameters", chat_line(logprobs=True, top_logprobs=True), "body.top_logprobs is Tr"),
         ("bad_parameters", chat_line(top_logprobs=2), "top_logprobs is 2, without body.logprobs"),
         ("bad_parameters", chat_line(prompt_logprobs=21), "body.prompt_logprobs is 21"),
-        ("bad_parameters", chat_line(reasoning_effort="high"), "body.reasoning_effort is 'high'"),
+        ("bad_parameters", chat_line(reasoning_effort="huge"), "body.reasoning_effort is 'huge'"),
+        ("bad_parameters", chat_line(reasoning_effort=["low"]), "body.reasoning_effort is"),
         ("bad_parameters", chat_line(modalities=["audio"]), "body.modalities is ['audio']"),
         ("bad_parameters", chat_line(tools={}), "body.tools is {}; it must be a list"),
         ("bad_parameters", chat_line(tool_choice="any"), "body.tool_choice is 'any'; it must be"),
