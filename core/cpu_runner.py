@@ -26,6 +26,7 @@ from nanovllm_cli.core.batch import (
     PrefillBatch,
     RowNeeds,
     SampleBatch,
+    packed_positions,
 )
 from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.cpu_attention import CpuAttention
@@ -102,10 +103,11 @@ class CpuRunner:
         if isinstance(batch, DecodeBatch):
             return CpuLaunch(self._decode(batch))
         slots = torch.from_numpy(batch.slots).long()
-        forced = batch.forced
-        self._half_step = (
-            self._step_logits(slots) if forced is None else self._forced_logits(slots, forced)
-        )
+        if batch.forced is None:
+            self._half_step = self._step_logits(slots)
+        else:
+            self._table.force(batch.slots, batch.forced)
+            self._half_step = self._forced_logits(slots, batch.forced)
         return None
 
     def _admit(self, admissions: tuple[Admission, ...]) -> None:
@@ -166,13 +168,10 @@ class CpuRunner:
     def _forced_logits(self, slots: Tensor, forced: ForcedTokens) -> tuple[Tensor, Tensor]:
         """As `_step_logits`, after forced tokens or the last one."""
         table = self._table
-        rows_of_tokens = torch.from_numpy(np.repeat(np.arange(len(slots)), forced.query_lens))
+        rows_of_tokens, _ = packed_positions(forced.query_lens, forced.start_positions)
         token_ids = torch.from_numpy(forced.token_ids).long()
         drawn = table.last_token[slots][rows_of_tokens]
         token_ids = torch.where(token_ids == DRAWN_LAST, drawn, token_ids)
-        forced_rows = torch.from_numpy(forced.rows).long()
-        lengths = torch.from_numpy(forced.start_positions + forced.query_lens)
-        table.put_lengths(slots[forced_rows], lengths[forced_rows])
         rows = torch.nonzero(~table.is_finished[slots]).squeeze(1)
         hidden = self._forward(token_ids, slots, forced.query_lens, forced.start_positions)
         last_tokens = torch.from_numpy(np.cumsum(forced.query_lens) - 1)

@@ -92,10 +92,7 @@ class ForcedSteps:
             )
         for place, values in zip(self._inputs[size], (tokens, sequences), strict=True):
             place.copy_(table.to_device(values))
-        forced_rows = forced.rows
-        lengths = (forced.start_positions + forced.query_lens)[forced_rows]
-        forced_slots, lengths_there = table.to_device(np.stack((slots[forced_rows], lengths)))
-        table.put_lengths(forced_slots.long(), lengths_there)
+        table.force(slots, forced)
         return size
 
     def hidden(self, size: int, model: Qwen3, kv_caches: list[KVCache]) -> Tensor:

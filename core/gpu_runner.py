@@ -117,12 +117,10 @@ class GpuRunner:
             self._step.zero_()
         if isinstance(batch, ForwardBatch):
             size = self._take_slots(batch.slots)
-            forced = batch.forced
-            self._half_step = (
-                self._forward(size)
-                if forced is None
-                else self._forced_forward(size, batch.slots, forced)
-            )
+            if batch.forced is None:
+                self._half_step = self._forward(size)
+            else:
+                self._half_step = self._forced_forward(size, batch.slots, batch.forced)
             return None
         self._out[:OUT_ROWS_BEFORE_TOKENS].zero_()
         num_steps, needs, asked = 1, self._needs(batch.needs), None

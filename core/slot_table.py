@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanovllm_cli.core.batch import Admission, BlockTableUpdate, Int32
+from nanovllm_cli.core.batch import Admission, BlockTableUpdate, ForcedTokens, Int32
 from nanovllm_cli.core.block_manager import SCRATCH_BLOCK
 from nanovllm_cli.core.sampling_params import MAX_STOP_TOKEN_IDS
 from nanovllm_cli.core.staging import Staging
@@ -78,10 +78,13 @@ class SlotTable:
         ):
             column[slots] = values.to(column.dtype)
 
-    def put_lengths(self, slots: Tensor, lengths: Tensor) -> None:
-        """Let slots go on after tokens that they have not drawn; int64 slots."""
-        self.length[slots] = lengths.to(self.length.dtype)
-        self.is_finished.index_fill_(0, slots, False)
+    def force(self, slots: Int32, forced: ForcedTokens) -> None:
+        """Let those of a step's slots that have forced tokens go on after them."""
+        rows, lengths = forced.rows, forced.start_positions + forced.query_lens
+        forced_slots, forced_lengths = self.all_to_device(slots[rows], lengths[rows])
+        indices = forced_slots.long()
+        self.length[indices] = forced_lengths.to(self.length.dtype)
+        self.is_finished.index_fill_(0, indices, False)
 
     def extend_block_tables(self, update: BlockTableUpdate) -> None:
         """Write new block-table entries."""
