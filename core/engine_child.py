@@ -27,6 +27,7 @@ from nanovllm_cli.core.errors import (
 )
 from nanovllm_cli.core.heartbeat import NUM_BYTES, HeartbeatMonitor
 from nanovllm_cli.core.messages import Kind, decode_json
+from nanovllm_cli.core.processes import above_the_streams, how_it_ended
 
 # -P: what lies in the working directory is not imported.
 COMMAND = (sys.executable, "-P", "-m", "nanovllm_cli.core.engine_worker")
@@ -159,19 +160,6 @@ class EngineChild:
 
     def _end_as_exception(self) -> EngineDied:
         return EngineDied(f"the engine {how_it_ended(self._process.returncode)}", _HINT)
-
-
-def how_it_ended(code: int) -> str:
-    """A process's end in words; code: as subprocess gives it."""
-    if code < 0:
-        return f"was killed by signal {-code} ({signal.strsignal(-code)})"
-    return f"ended with exit code {code}"
-
-
-def above_the_streams(end: socket.socket) -> socket.socket:
-    """The same socket under a number that is no standard stream's: one of those may be closed."""
-    with end:
-        return socket.socket(fileno=fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3))
 
 
 def as_exception(error: dict[str, Any]) -> UserError:

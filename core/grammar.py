@@ -11,21 +11,18 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nanovllm_cli.core.batch import Int32
 from nanovllm_cli.core.grammar_masks import Masks, MaskThreads
 
-try:
+if TYPE_CHECKING:
     import llguidance
-except ImportError:
-    HAS_LLGUIDANCE = False
-else:
-    HAS_LLGUIDANCE = True
 
-NEEDS_LLGUIDANCE = "a grammar needs the package llguidance: pip install 'nanovllm-cli[json]'"
+NEEDS_LLGUIDANCE = "a grammar needs the package llguidance: pip install llguidance"
 _MAX_COMPILED = 1024  # grammars kept; a JSON schema of 20 properties takes about 20 KB
 # Sequences in a grammar compiled once share its lexer, and threads wait for its lock. So it is
 # compiled for each that runs, where that takes no longer than so in all: 1 ms for most schemas.
@@ -197,8 +194,10 @@ class Grammars:
 
     def _load_vocabulary(self) -> _Vocabulary | GrammarError:
         """Half a second for Qwen3's 151,669 tokens."""
-        if not HAS_LLGUIDANCE:
+        if find_spec("llguidance") is None:
             return GrammarError(NEEDS_LLGUIDANCE)
+        import llguidance  # late: a job without grammars needs none of it
+
         if self._tokenizer_path is None:
             return GrammarError("a grammar needs a tokenizer, and this model has none")
         file = self._tokenizer_path / "tokenizer.json"
@@ -221,6 +220,8 @@ class Grammars:
         vocabulary = self._vocabulary()
         if isinstance(vocabulary, GrammarError):
             return vocabulary
+        import llguidance
+
         limits = llguidance.LLParserLimits(verbose_errors=False)
 
         def compiled() -> "llguidance.LLMatcher":

@@ -19,13 +19,14 @@ from pathlib import Path
 from nanovllm_cli.core.batch import Batch
 from nanovllm_cli.core.batch_layout import encode_batch
 from nanovllm_cli.core.channel import Channel
-from nanovllm_cli.core.collectives import connect
+from nanovllm_cli.core.collectives import check_collectives, connect
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.connection_errors import connection_errors
-from nanovllm_cli.core.engine_child import above_the_streams, as_exception, how_it_ended
+from nanovllm_cli.core.engine_child import as_exception
 from nanovllm_cli.core.engine_worker import start_message
 from nanovllm_cli.core.errors import EngineDied, UserError
 from nanovllm_cli.core.messages import decode_json, encode_json
+from nanovllm_cli.core.processes import above_the_streams, how_it_ended
 from nanovllm_cli.core.rank_worker import RankMessage
 from nanovllm_cli.core.resolved_config import resolve
 from nanovllm_cli.core.runner import Launch, Runner
@@ -60,7 +61,8 @@ class RankGroup:
     def __init__(
         self, source: Path | ModelConfig, sizes: ModelConfig, config: EngineConfig
     ) -> None:
-        resolve(config, sizes)  # its errors are the user's, so before any process starts
+        # Their errors are the user's, so before any process starts.
+        check_collectives(resolve(config, sizes))
         self.death: UserError | None = None
         self._is_raised = False
         self._is_closing = False

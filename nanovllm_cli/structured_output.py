@@ -1,18 +1,22 @@
 """Structured output: what flags and rows say of a completion's form -> llguidance's grammar text.
 
 A JSON schema, a regular expression, one of some texts, or a grammar in Lark's or GBNF's notation;
-rows say it in vLLM's words or in OpenAI's. Every grammar is compiled here without a vocabulary, so
-that a bad one is found before the model loads; the engine compiles it for its tokens.
+rows say it in vLLM's words or in OpenAI's. Every grammar is compiled in the sandbox, without a
+vocabulary, so that a bad one is found before the model loads; the engine compiles it for its
+tokens.
 """
 
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from .exit_code import CommandError, ExitCode
 from .refusal import Refused, shown
+from .sandbox import SandboxError, Task, sandbox
+from .sandbox_worker import Kind as SandboxKind
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 Check = tuple[Callable[[Any], bool], str]
@@ -123,7 +127,10 @@ def grammar_text(kind: Kind, value: Any) -> str:
 
     value: for "json" a schema or its text, for "choice" a list of texts, else a text.
     """
-    return _compiled(kind, value if isinstance(value, str) else json.dumps(value))
+    compiled = _compiled(kind, value if isinstance(value, str) else json.dumps(value))
+    if isinstance(compiled, SandboxError):
+        raise BadGrammar(str(compiled))
+    return compiled
 
 
 def _of_response_format(value: Mapping[str, Any], place: str) -> tuple[Kind | None, Any]:
@@ -178,31 +185,9 @@ def _read(flag: str, name: str) -> str:
 
 
 @lru_cache(maxsize=_MAX_KNOWN)
-def _compiled(kind: Kind, text: str) -> str:
-    try:
-        from llguidance import LLMatcher, LLParserLimits, grammar_from  # late: it may be missing
-    except ImportError:
-        hint = "pip install 'nanovllm-cli[json]'"
-        raise BadGrammar(f"structured output needs the package llguidance: {hint}") from None
-    try:
-        if kind == "json":
-            # As json.dumps lays it out: where any whitespace may come, some models go on with
-            # nothing else, and little of the text is forced. A schema's own "x-guidance" says
-            # otherwise.
-            grammar = LLMatcher.grammar_from_json_schema(
-                text,
-                defaults={
-                    "whitespace_flexible": False,
-                    "item_separator": ", ",
-                    "key_separator": ": ",
-                },
-            )
-        else:
-            grammar = grammar_from(kind, text)
-    except ValueError as error:
-        raise BadGrammar(str(error)) from None
-    limits = LLParserLimits(verbose_errors=False)
-    is_bad, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
-    if is_bad:
-        raise BadGrammar(messages[0].removesuffix("<non-verbose/>").strip())
-    return grammar
+def _compiled(kind: Kind, text: str) -> str | SandboxError:
+    """Errors are kept as well: many rows may have one bad grammar."""
+    if find_spec("llguidance") is None:
+        return SandboxError("structured output needs llguidance: pip install llguidance")
+    [result] = sandbox().run([Task(SandboxKind.GRAMMAR, {"kind": kind, "text": text})])
+    return result

@@ -11,16 +11,19 @@ marks piece by piece; here text keeps its tokenization wherever it stands.)
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from nanovllm_cli.core.errors import ModelError
 
+from .chat_template import ChatTemplate
 from .prompts import Prompt
+from .sandbox import Task
 from .token_texts import TokenTexts
+from .tokenizer_files import TokenizerFiles
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # for internal use, says Unicode
 
@@ -31,36 +34,31 @@ class TemplateError(ValueError):
     """The chat template refused a row's messages."""
 
 
-class PromptTokenizer:
-    """The tokenizer and the chat template of the checkpoint in `path`; raises ModelError."""
+class _Rendering(NamedTuple):
+    """A chat on its way through the template."""
 
-    def __init__(self, path: Path, *, parse_special: bool = False) -> None:
-        file = path / "tokenizer.json"
-        if not file.exists():
-            raise ModelError(f"{path} holds no tokenizer.json", "Is the checkpoint whole?")
-        try:
-            content = json.loads(file.read_bytes())
-            added_tokens = content["added_tokens"]
-            # Reads config.json too, to know the tokenizer's class.
-            self._hugging_face: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            message = f"the tokenizer in {path} cannot be loaded: {type(error).__name__}: {error}"
-            raise ModelError(message, "Is the checkpoint whole?") from None
-        for token in added_tokens:
-            if token["lstrip"] or token["rstrip"] or token["normalized"] or token["single_word"]:
-                raise ModelError(f"{file}: {token['content']!r} takes its neighbours with it")
-        self._full = Tokenizer.from_file(str(file))
-        self._full.no_truncation()  # a file may ask for either, and transformers ignores it too
-        self._full.no_padding()
+    task: Task
+    start: str  # the marks round the row's own control tokens
+    end: str
+
+
+class PromptTokenizer:
+    """The tokenizer and the chat template of the checkpoint in `path`; raises ModelError.
+
+    template: the text of a chat template to use instead of the checkpoint's.
+    """
+
+    def __init__(
+        self, path: Path, *, parse_special: bool = False, template: str | None = None
+    ) -> None:
+        files = TokenizerFiles.read(path)
+        self._full = _tokenizer_of(files, files.content)
+        self._plain = _tokenizer_of(files, {**files.content, "added_tokens": []})
         self.token_texts = TokenTexts(self._full)
-        self._added = {token["content"]: token["id"] for token in added_tokens}
-        self._plain = Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
-        self._plain.no_truncation()
-        self._plain.no_padding()
-        # Whether the template takes an assistant's thought apart from its answer, as Qwen3's does.
-        template = str(self._hugging_face.chat_template)
-        self._knows_reasoning = "reasoning_content" in template
-        self._knows_tools = "tools" in template
+        self._added = files.added_tokens
+        self._special = files.special_tokens
+        templates = files.chat_templates if template is None else {"default": template}
+        self._template = ChatTemplate(templates, files.special_tokens)
         self._parse_special = parse_special
         longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._control = re.compile("|".join(longest_first) or "(?!)")
@@ -69,12 +67,24 @@ class PromptTokenizer:
     @property
     def first_token_id(self) -> int | None:
         """What begins a text: the token for it or, where there is none, that which ends one."""
-        first: int | None = self._hugging_face.bos_token_id
-        return first if first is not None else self._hugging_face.eos_token_id
+        ids = (
+            self._full.token_to_id(self._special[name])
+            for name in ("bos_token", "eos_token")
+            if name in self._special
+        )
+        return next((token_id for token_id in ids if token_id is not None), None)
+
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """The bytes of text that the longest token of the vocabulary stands for, at most."""
+        return max((len(name.encode()) for name in self._full.get_vocab()), default=1)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int] | TemplateError]:
         """The token ids of each prompt, or why its chat cannot be rendered."""
-        pieces = [self._pieces(prompt) for prompt in prompts]
+        pieces: list[list[str | int] | TemplateError] = [self._pieces(p) for p in prompts]
+        chats = [at for at, prompt in enumerate(prompts) if prompt.messages is not None]
+        for at, rendered in zip(chats, self._rendered([prompts[at] for at in chats]), strict=True):
+            pieces[at] = rendered
         encoded = iter(self._encode([p for p in pieces if not isinstance(p, TemplateError)]))
         return [p if isinstance(p, TemplateError) else next(encoded) for p in pieces]
 
@@ -117,7 +127,8 @@ class PromptTokenizer:
 
     def end_think_of(self, prompt_token_ids: Sequence[int]) -> int | None:
         """The token that ends the thought with which a chat's answer begins, if it has one."""
-        if not self._knows_reasoning or self._end_think in prompt_token_ids[-_TEMPLATE_END:]:
+        knows_reasoning = self._template.takes_reasoning(has_tools=False)
+        if not knows_reasoning or self._end_think in prompt_token_ids[-_TEMPLATE_END:]:
             return None
         return self._end_think
 
@@ -153,43 +164,58 @@ class PromptTokenizer:
             reasoning = reasoning[1:]
         return text_of(answer).strip("\n"), text_of(reasoning).strip("\n")
 
-    def _pieces(self, prompt: Prompt) -> list[str | int] | TemplateError:
-        """Control tokens as their ids, and the text between them."""
+    def _pieces(self, prompt: Prompt) -> list[str | int]:
+        """Control tokens as their ids, and the text between them; nothing yet of a chat."""
         if prompt.token_ids is not None:
             return list(prompt.token_ids)
-        if prompt.text is not None:
-            return self._text_pieces(prompt.text)
-        try:
-            return self._render(prompt)
-        except Exception as error:  # whatever a template raises is this row's error alone
-            return TemplateError(f"the chat template failed: {error}")
+        return [] if prompt.text is None else self._text_pieces(prompt.text)
+
+    def _rendered(self, chats: Sequence[Prompt]) -> list[list[str | int] | TemplateError]:
+        """The same of chats."""
+        results: list[list[str | int] | TemplateError] = []
+        renderings = [self._rendering(chat) for chat in chats]
+        texts = iter(
+            self._template.render([r.task for r in renderings if isinstance(r, _Rendering)])
+        )
+        for rendering in renderings:
+            text = next(texts) if isinstance(rendering, _Rendering) else rendering
+            if isinstance(text, ValueError):
+                results.append(TemplateError(f"the chat template failed: {text}"))
+            else:
+                assert isinstance(rendering, _Rendering), "only a chat's template gives text"
+                results.append(self._split_marked(text, rendering.start, rendering.end))
+        return results
 
     def _text_pieces(self, text: str) -> list[str | int]:
         if self._parse_special:
             return self._split(text, re.compile(f"({self._control.pattern})"))
         return [text]
 
-    def _render(self, prompt: Prompt) -> list[str | int]:
-        messages = prompt.messages or []
-        if self._knows_reasoning:
+    def _rendering(self, prompt: Prompt) -> "_Rendering | ValueError":
+        messages, tools = prompt.messages or [], prompt.settings.tools
+        if tools is not None and not self._template.takes_tools():
+            return ValueError("it takes no tools")
+        if self._template.takes_reasoning(has_tools=tools is not None):
             messages = [_with_reasoning_apart(message) for message in messages]
-        tools = prompt.settings.tools
-        if tools is not None and not self._knows_tools:
-            raise ValueError("it takes no tools")
         strings = "\0".join(_strings_in([messages, tools]))
-        start, end, *_ = (char for char in _NONCHARACTERS if char not in strings)
-        arguments: dict[str, Any] = {}
-        if prompt.enable_thinking is not None:
-            arguments["enable_thinking"] = prompt.enable_thinking
+        unused = [char for char in _NONCHARACTERS if char not in strings]
+        if len(unused) < 2:
+            return ValueError("the messages hold every noncharacter that could mark their text")
+        start, end = unused[:2]
         marks = f"{start}\\g<0>{end}"
+        variables: dict[str, Any] = {"add_generation_prompt": not prompt.is_scored}
+        if prompt.enable_thinking is not None:
+            variables["enable_thinking"] = prompt.enable_thinking
         if tools is not None:
-            arguments["tools"] = _mark(tools, self._control, marks)
-        text = self._hugging_face.apply_chat_template(
-            _mark(messages, self._control, marks),
-            tokenize=False,
-            add_generation_prompt=not prompt.is_scored,
-            **arguments,
-        )
+            variables["tools"] = _mark(tools, self._control, marks)
+        try:
+            task = self._template.task(_mark(messages, self._control, marks), **variables)
+        except ValueError as error:
+            return error
+        return _Rendering(task, start, end)
+
+    def _split_marked(self, text: str, start: str, end: str) -> list[str | int]:
+        """Split at the control tokens that the template wrote: the row's are between marks."""
         marked = f"{start}(?:{self._control.pattern}){end}"
         pieces = self._split(text, re.compile(f"{marked}|({self._control.pattern})"))
         return [
@@ -211,6 +237,20 @@ class PromptTokenizer:
         if position < len(text):
             pieces.append(text[position:])
         return pieces
+
+
+def _tokenizer_of(files: TokenizerFiles, content: dict[str, Any]) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # Rust's, which is not an Exception
+        if isinstance(error, MemoryError) or not (is_panic or isinstance(error, Exception)):
+            raise
+        message = f"{files.path} cannot be loaded: {str(error) or type(error).__name__:.200}"
+        raise ModelError(message, "Is the checkpoint whole?") from None
+    tokenizer.no_truncation()  # a file may ask for either, and transformers ignores it too
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _with_reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:

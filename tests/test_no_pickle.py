@@ -15,7 +15,7 @@ SOURCES = sorted(file for name in ("nanovllm_cli", "core", "kernels")
 FORBIDDEN = {
     "runs what it reads": (
         r"\b(c?[Pp]ickle|cloudpickle|dill|marshal|shelve|joblib)\b|\btorch\.(load|save)\b|allow_pickle"
-        r"|(?<![\w.])(eval|exec|compile)\(|\b(trust_remote_code|AutoModel\w*)\b|\bshell=True"
+        r"|(?<![\w.])(eval|exec|compile)\(|\btrust_remote_code\b(?!=False)|\bAutoModel\w*\b|\bshell=True"
     ),
     "pickles what it hands on": r"\bmultiprocessing\b|\bmp\.(spawn|Process|Queue)\b"
     r"|\b(send|recv|broadcast|gather)\w*_object\w*",
@@ -43,6 +43,7 @@ def test_no_source(why: str) -> None:
     "line",
     [
         "import pickle", "from cPickle import loads", "x = torch.load(file)", "y = eval(text)",
+        "from_pretrained(x, trust_remote_code=True)",
         "exec(code)", "np.load(f, allow_pickle=True)", "from multiprocessing import Queue",
         "mp.spawn(run)", "dist.broadcast_object_list(x)", 'SharedMemory(name="nanovllm")',
         'init_process_group("nccl", "tcp://localhost:2333")', "sock.bind(address)", "port=2333",

@@ -562,7 +562,14 @@ def test_prompts_are_never_cut_short_whatever_the_file_says(tmp_path: Path) -> N
 def test_a_missing_or_broken_tokenizer_is_a_broken_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):
         PromptTokenizer(tmp_path)
-    for content in ("{", "{}"):
+    for content, reason in (
+        ("{", "is not JSON"),
+        ("[]", "does not hold a JSON object"),
+        ("{}", "no list of added_tokens"),
+        ('{"added_tokens": [{}]}', "an added token that is not one"),
+        ('{"added_tokens": []}', "cannot be loaded"),
+        ('{"added_tokens": [], "model": {"type": "BPE", "vocab": 5, "merges": []}}', "cannot be"),
+    ):
         (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ModelError, match="cannot be loaded"):
+        with pytest.raises(ModelError, match=reason):
             PromptTokenizer(tmp_path)

@@ -1,7 +1,6 @@
 """tool_choice.py: what a row that must call a tool may write, and what comes out of such rows."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +190,9 @@ def test_calls_are_for_chats() -> None:
 
 
 def test_without_the_package_a_row_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.setattr("nanovllm_cli.structured_output.find_spec", lambda name: None)
     row = {"messages": [USER], "tools": [tool("never compiled")], "tool_choice": "required"}
-    bad("bad_grammar", row, "tools[0].function.parameters: ", "nanovllm-cli[json]")
+    bad("bad_grammar", row, "tools[0].function.parameters: ", "pip install llguidance")
 
 
 def test_forced_calls_parse_and_validate_where_they_stop(tmp_path: Path) -> None:
