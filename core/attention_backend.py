@@ -12,20 +12,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from nanovllm_cli.core.attention_choice import Name, best_first, obstacle
 from nanovllm_cli.core.config import AttentionBackendName
 from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.kernels.prefill_attention import prefill_attention
-
-# FlashAttention 2's C++ checks it (https://github.com/Dao-AILab/flash-attention/issues/828).
-_PAGE_TOKENS = 256
-_Name = Literal["flash-attn-3", "flash-attn", "torch", "triton"]
-_BEST_FIRST: tuple[_Name, ...] = ("flash-attn-3", "flash-attn", "torch", "triton")
-# H200, 2048 tokens: FlashAttention 3 491 TFLOP/s, our kernel 430, FlashAttention 2 277.
-_BEST_FIRST_ON_HOPPER: tuple[_Name, ...] = ("flash-attn-3", "triton", "flash-attn", "torch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,9 +62,9 @@ def choose_attention_backend(
     capability: the GPU's compute capability, (9, 0) of a Hopper.
     """
     if wanted == "auto":
-        for name in _best_first(capability):
+        for name in best_first(capability):
             # Looked at before anything is imported: importing flash-attn takes seconds.
-            if _obstacle(name, dtype, block_size, capability) is None:
+            if obstacle(name, dtype, block_size, capability) is None:
                 found = _LOADERS[name]()
                 if isinstance(found, AttentionBackend):
                     return found
@@ -86,8 +80,15 @@ def choose_attention_backend(
     return found
 
 
+def load_attention_backend(name: str) -> AttentionBackend:
+    """Return the backend of a name that `choose_attention_backend_name` gave."""
+    found = _LOADERS[{"torch-varlen": "torch"}.get(name, name.partition(" ")[0])]()
+    assert isinstance(found, AttentionBackend), f"{name} was chosen, and then: {found}"
+    return found
+
+
 def find_attention_backend(
-    name: _Name,
+    name: Name,
     *,
     dtype: str,
     block_size: int,
@@ -97,7 +98,7 @@ def find_attention_backend(
     found = _LOADERS[name]()
     if isinstance(found, str):
         return found
-    return _obstacle(name, dtype, block_size, capability) or found
+    return obstacle(name, dtype, block_size, capability) or found
 
 
 def attention_backends(
@@ -108,27 +109,8 @@ def attention_backends(
         name: find_attention_backend(
             name, dtype=dtype, block_size=block_size, capability=capability
         )
-        for name in _best_first(capability)
+        for name in best_first(capability)
     }
-
-
-def _best_first(capability: tuple[int, int]) -> tuple[_Name, ...]:
-    return _BEST_FIRST_ON_HOPPER if capability == (9, 0) else _BEST_FIRST
-
-
-def _obstacle(name: str, dtype: str, block_size: int, capability: tuple[int, int]) -> str | None:
-    """Why an installed backend cannot run on this GPU or with these settings."""
-    if name == "triton":
-        return None
-    if dtype == "float32":
-        return "it has no float32; --dtype bfloat16 or float16"
-    if name == "flash-attn-3":
-        if capability[0] != 9:
-            return f"it runs on sm_90, and this GPU is sm_{capability[0]}{capability[1]}"
-        return None
-    if block_size % _PAGE_TOKENS:
-        return f"it needs --block-size {_PAGE_TOKENS}, and block_size is {block_size}"
-    return None
 
 
 def _triton() -> AttentionBackend:

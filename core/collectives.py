@@ -18,8 +18,9 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from torch.distributed.distributed_c10d import _abort_process_group
 
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
+from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.parallel import Collectives, TensorParallel
-from nanovllm_cli.core.resolved_config import resolve
+from nanovllm_cli.core.resolved_config import ResolvedConfig, resolve
 from nanovllm_cli.kernels.join_columns import join_columns, join_columns_reference
 from nanovllm_cli.kernels.rms_norm import add_rms_norm
 from nanovllm_cli.kernels.sum_add_rms_norm import sum_add_rms_norm
@@ -45,6 +46,20 @@ _TIMEOUT = timedelta(minutes=10)  # a rank's death is seen sooner, by its proces
 _is_first_use = iter([True])
 
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def check_collectives(config: ResolvedConfig) -> None:
+    """Raise UserError if this torch has nothing to connect the ranks with."""
+    is_gpu = config.device == "cuda"
+    is_there = dist.is_available() and (
+        dist.is_nccl_available() if is_gpu else dist.is_gloo_available()
+    )
+    if not is_there:
+        raise UserError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, and this torch has no "
+            f"{'NCCL' if is_gpu else 'gloo'} to connect ranks with",
+            "Install a torch that has it, or leave out --tensor-parallel-size.",
+        )
 
 
 def connect(

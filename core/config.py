@@ -5,7 +5,7 @@ a key that changes the results and is missing is an error.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -69,6 +69,23 @@ class ModelConfig:
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of K and V that one token holds over all layers."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * dtype_bytes
+
+    def part(self, num_ranks: int) -> "ModelConfig":
+        """Return the sizes of what each of `num_ranks` ranks holds of the model."""
+        if num_ranks == 1:
+            return self
+        return replace(
+            self,
+            num_attention_heads=self.num_attention_heads // num_ranks,
+            num_key_value_heads=max(self.num_key_value_heads // num_ranks, 1),
+            intermediate_size=self.intermediate_size // num_ranks,
+            vocab_size=-(-self.vocab_size // num_ranks),
+        )
+
+    @classmethod
+    def of(cls, source: "Path | ModelConfig") -> "ModelConfig":
+        """Return the config of the checkpoint in a directory, or the one given."""
+        return source if isinstance(source, ModelConfig) else cls.from_directory(source)
 
     @classmethod
     def from_directory(cls, path: Path) -> "ModelConfig":

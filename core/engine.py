@@ -47,8 +47,7 @@ class Engine:
         self.device = resolved.device
         collectives = model.parallel.collectives
         self.all_reduce = collectives.all_reduce if collectives is not None else None
-        backend = resolved.attention_backend
-        self.attention_backend = backend.name if backend is not None else "pytorch"
+        self.attention_backend = resolved.attention_backend or "pytorch"
         self.num_blocks = self._runner.num_blocks
         # One block is scratch. A small cache shortens what can be asked for.
         longest = (self.num_blocks - 1) * resolved.block_size
@@ -90,7 +89,7 @@ class Engine:
         """
         if config.tokenizer_path is None and isinstance(source, Path):
             config = replace(config, tokenizer_path=os.fspath(source))
-        ranks = start_ranks(source, sizes_of(source), config)
+        ranks = start_ranks(source, ModelConfig.of(source), config)
         try:
             model = load_model(source, config, ALONE if ranks is None else ranks.parallel)
             return cls(model, config, ranks)
@@ -159,16 +158,11 @@ class Engine:
             self.stats.prefill_seconds += seconds
 
 
-def sizes_of(source: Path | ModelConfig) -> ModelConfig:
-    """Of the checkpoint in a directory, or those given."""
-    return source if isinstance(source, ModelConfig) else ModelConfig.from_directory(source)
-
-
 def load_model(
     source: Path | ModelConfig, config: EngineConfig, parallel: TensorParallel = ALONE
 ) -> Qwen3:
     """One rank's part of the checkpoint in a directory, or of random weights of some sizes."""
-    model = build_model(sizes_of(source), config, parallel)
+    model = build_model(ModelConfig.of(source), config, parallel)
     with gpu_errors(is_start=True):
         if isinstance(source, ModelConfig):
             load_random_weights(model)
@@ -182,7 +176,7 @@ def build_model(
 ) -> Qwen3:
     """The model with uninitialized weights, on the device and in the dtype of `config`."""
     resolved = resolve(config, model_config)
-    check_weights_fit(parallel.part_of(model_config), resolved)
+    check_weights_fit(model_config.part(parallel.size), resolved)
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, resolved.dtype))
     try:

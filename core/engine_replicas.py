@@ -24,8 +24,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from nanovllm_cli.core import cuda_driver
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.device_shares import Spawn, device_shares
 from nanovllm_cli.core.engine_child import EngineChild
@@ -369,7 +369,7 @@ def share_machine(config: EngineConfig, num_replicas: int) -> EngineConfig:
     """What each replica is told; raises UserError where there are too few GPUs for all."""
     if num_replicas == 1:
         return config
-    num_gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    num_gpus = len(cuda_driver.visible_gpus()) if config.device != "cpu" else 0
     if config.device == "cuda" or num_gpus > 0:
         num_needed = num_replicas * config.tensor_parallel_size
         if num_needed > num_gpus:

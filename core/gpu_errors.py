@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from nanovllm_cli.core.config import ModelConfig
-from nanovllm_cli.core.errors import GpuFailed, MemoryTooSmall
+from nanovllm_cli.core.errors import GpuFailed, MemoryTooSmall, UserError
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 
 # How the messages begin or go on; only some of these errors have a class of their own.
@@ -37,9 +37,14 @@ def gpu_errors(*, is_start: bool = False) -> Iterator[None]:
 
 
 def check_weights_fit(model: ModelConfig, config: ResolvedConfig) -> None:
-    """Raise MemoryTooSmall where the GPU has no room for the weights."""
+    """Raise MemoryTooSmall if the GPU has no room for the weights, UserError if torch has none."""
     if config.device == "cpu":
         return
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"the driver shows a GPU that torch {torch.__version__} cannot use",
+            "Install a torch that was built for this driver, or run on the CPU with --device cpu.",
+        )
     dtype: torch.dtype = getattr(torch, config.dtype)
     needed = model.num_parameters * dtype.itemsize
     free, total = torch.cuda.mem_get_info()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm_cli.core.attention_backend import load_attention_backend
 from nanovllm_cli.core.batch import (
     Admission,
     Batch,
@@ -62,7 +63,7 @@ class GpuRunner:
         self._device = device = model.embed_tokens.weight.device
         self._model = model
         self._block_size = config.block_size
-        self._attention_backend = config.attention_backend
+        self._attention_backend = load_attention_backend(config.attention_backend)
         self._staging = Staging(device, num_arenas=config.max_launches_in_flight + 2)
         self._table = SlotTable(max_num_seqs, blocks_per_sequence(config), device, self._staging)
         self._choice = TokenChoice(self._table, model.config.vocab_size, model.parallel)

@@ -5,12 +5,11 @@ o and down by their inputs, so that attention and MLP need one sum over the rank
 and lm_head are cut by the vocabulary. Of more ranks than kv heads, some hold the same head.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.kernels.rms_norm import add_rms_norm
 
 
@@ -83,18 +82,6 @@ class TensorParallel:
         first = self.rank * num_kv_heads // self.size
         start, length = first * head_dim, num_own * head_dim
         return Shard(start, start + length, num_kv_heads * head_dim, length)
-
-    def part_of(self, config: ModelConfig) -> ModelConfig:
-        """The sizes of what one rank holds."""
-        if self.size == 1:
-            return config
-        return replace(
-            config,
-            num_attention_heads=config.num_attention_heads // self.size,
-            num_key_value_heads=max(config.num_key_value_heads // self.size, 1),
-            intermediate_size=config.intermediate_size // self.size,
-            vocab_size=-(-config.vocab_size // self.size),
-        )
 
     def sum_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As Collectives has it; of one rank alone, the norm of x + residual."""

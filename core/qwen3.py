@@ -102,7 +102,7 @@ class Qwen3(nn.Module):
         super().__init__()
         self.config = config
         self.parallel = parallel
-        self.part = parallel.part_of(config)  # the sizes of what this rank holds
+        self.part = config.part(parallel.size)  # the sizes of what this rank holds
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, parallel)
         self.layers = nn.ModuleList(
             DecoderLayer(config, parallel) for _ in range(config.num_hidden_layers)

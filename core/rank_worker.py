@@ -38,14 +38,15 @@ def _follow(channel: Channel, store_fd: int) -> None:
     # Late: it takes seconds, and this process must know its parent's end before.
     from nanovllm_cli.core.batch_layout import decode_batch
     from nanovllm_cli.core.collectives import connect
+    from nanovllm_cli.core.config import ModelConfig
     from nanovllm_cli.core.connection_errors import connection_errors
-    from nanovllm_cli.core.engine import load_model, make_runner, sizes_of
+    from nanovllm_cli.core.engine import load_model, make_runner
 
     start = receive_start(channel, RankMessage.START)
     source, config = read_start_message(start)
     with connection_errors():
         parallel = connect(
-            start["rank"], store_fd, config, sizes_of(source), meet=lambda: _meet(channel)
+            start["rank"], store_fd, config, ModelConfig.of(source), meet=lambda: _meet(channel)
         )
     model = load_model(source, config, parallel)
     _meet(channel)

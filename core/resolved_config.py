@@ -1,18 +1,18 @@
 """ResolvedConfig: an EngineConfig with every choice made, for the machine and the model at hand.
 
-Apart from config.py because it asks torch for the GPU, and config.py must be quick to import.
+The GPU is asked of the driver and not of torch, which takes seconds to import: the job's own
+process resolves a config before any engine starts.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
-import torch
-import torch.distributed as dist
-
-from nanovllm_cli.core.attention_backend import AttentionBackend, choose_attention_backend
+from nanovllm_cli.core import cuda_driver
+from nanovllm_cli.core.attention_choice import choose_attention_backend_name
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
+from nanovllm_cli.core.cuda_driver import Gpu
 from nanovllm_cli.core.errors import UserError
-from nanovllm_cli.kernels.triton_import import HAS_TRITON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class ResolvedConfig:
     gpu_memory_utilization: float
     enable_prefix_caching: bool
     enforce_eager: bool
-    attention_backend: AttentionBackend | None  # of prefills on a GPU; None on a CPU
+    attention_backend: str | None  # the name of that of prefills on a GPU; None on a CPU
     max_window_steps: int
     max_launches_in_flight: int
     num_threads: int | None
@@ -41,19 +41,18 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     """Every choice made; raises UserError for what the machine or the model cannot do."""
     device = config.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if cuda_driver.visible_gpus() else "cpu"
     is_gpu = device == "cuda"
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if is_gpu else "float32"
     backend = None
     if is_gpu:
-        check_gpu()
-        backend = choose_attention_backend(
+        backend = choose_attention_backend_name(
             config.attention_backend,
             dtype=dtype,
             block_size=config.block_size,
-            capability=torch.cuda.get_device_capability(),
+            capability=check_gpu().capability,
         )
     elif config.attention_backend != "auto":
         raise UserError(
@@ -93,25 +92,26 @@ def resolve(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     )
 
 
-def check_gpu() -> None:
-    """Raise UserError where there is no GPU that nanovllm can run on."""
-    if not torch.cuda.is_available():
+def check_gpu() -> Gpu:
+    """Return the GPU that an engine runs on; raise UserError if nanovllm cannot run on it."""
+    gpu = next(iter(cuda_driver.visible_gpus()), None)
+    if gpu is None:
         raise UserError("there is no CUDA GPU that this torch can use", "Leave out --device.")
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
+    if gpu.capability < (8, 0):
         raise UserError(
-            f"{torch.cuda.get_device_name()} is sm_{major}{minor}; nanovllm needs sm_80 or later",
+            f"{gpu.name} is {gpu.architecture}; nanovllm needs sm_80 or later",
             "Run on the CPU with --device cpu.",
         )
-    if not HAS_TRITON:
+    if find_spec("triton") is None:
         raise UserError(
             "there is a GPU, and no Triton for its kernels",
             "Install triton beside this torch, or run on the CPU with --device cpu.",
         )
+    return gpu
 
 
 def check_ranks(size: int, device: str, model: ModelConfig) -> None:
-    """Raise UserError where the model, the GPUs or this torch cannot be shared out to ranks."""
+    """Raise UserError if the model or the GPUs cannot be shared out to ranks."""
     what = f"tensor_parallel_size is {size}"
     why_not = why_not_shared(size, model)
     if why_not is not None:
@@ -119,28 +119,21 @@ def check_ranks(size: int, device: str, model: ModelConfig) -> None:
         possible = [n for n in sizes if not why_not_shared(n, model)]
         hint = f"Choose one of {', '.join(map(str, possible))}."
         raise UserError(f"{what}, and the model has {why_not}", hint)
-    is_gpu = device == "cuda"
-    if is_gpu and size > torch.cuda.device_count():
+    if device != "cuda":
+        return
+    gpus = cuda_driver.visible_gpus()
+    if size > len(gpus):
         raise UserError(
-            f"{what}, and this job sees {torch.cuda.device_count()} GPUs",
+            f"{what}, and this job sees {len(gpus)} GPUs",
             "Each rank needs a GPU of its own; CUDA_VISIBLE_DEVICES may hide some.",
         )
-    has_collectives = dist.is_available() and (
-        dist.is_nccl_available() if is_gpu else dist.is_gloo_available()
-    )
-    if not has_collectives:
+    names = dict.fromkeys(gpu.name for gpu in gpus[:size])
+    if len(names) > 1:
         raise UserError(
-            f"{what}, and this torch has no {'NCCL' if is_gpu else 'gloo'} to connect ranks with",
-            "Install a torch that has it, or leave out --tensor-parallel-size.",
+            f"{what}, and the GPUs differ: {', '.join(names)}",
+            "Ranks on different GPUs may draw different tokens. Choose GPUs that are alike "
+            "with CUDA_VISIBLE_DEVICES.",
         )
-    if is_gpu:
-        names = dict.fromkeys(torch.cuda.get_device_name(i) for i in range(size))
-        if len(names) > 1:
-            raise UserError(
-                f"{what}, and the GPUs differ: {', '.join(names)}",
-                "Ranks on different GPUs may draw different tokens. Choose GPUs that are alike "
-                "with CUDA_VISIBLE_DEVICES.",
-            )
 
 
 def why_not_shared(size: int, model: ModelConfig) -> str | None:

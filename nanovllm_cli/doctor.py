@@ -134,9 +134,9 @@ def _advice(model: ModelConfig) -> str:
 def _choice() -> dict[str, Any]:
     """What a job without flags runs on; prefills on a GPU have several backends to choose from."""
     try:
-        check_gpu()
+        gpu = check_gpu()
     except UserError as error:
-        is_there = torch.cuda.is_available()
+        is_there = len(find_gpus()) > 0
         return {
             "runs_on": f"cpu, with --device cpu: {error.message}" if is_there else "cpu",
             "dtype": "float32",
@@ -146,7 +146,7 @@ def _choice() -> dict[str, Any]:
     settings: dict[str, Any] = {
         "dtype": "bfloat16",
         "block_size": EngineConfig().block_size,
-        "capability": torch.cuda.get_device_capability(),
+        "capability": gpu.capability,
     }
     chosen = choose_attention_backend("auto", **settings)
     return {

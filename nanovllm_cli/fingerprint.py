@@ -56,7 +56,7 @@ def fingerprint(
         "dtype": engine.dtype,
         # Sums over ranks have other last bits.
         "tensor_parallel_size": ranks if (ranks := engine.tensor_parallel_size) > 1 else None,
-        "attention_backend": engine.attention_backend and engine.attention_backend.name,
+        "attention_backend": engine.attention_backend,
         "max_model_len": engine.max_model_len,
         "shard": str(options.shard),
         **prompt,

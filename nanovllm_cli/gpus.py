@@ -5,22 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-import torch
+from nanovllm_cli.core import cuda_driver
+from nanovllm_cli.core.cuda_driver import Gpu
 
 from .nvml import Nvml
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gpu:
-    """One GPU."""
-
-    name: str
-    memory_bytes: int
-    capability: tuple[int, int]  # sm_90 is (9, 0)
-
-    def __str__(self) -> str:
-        major, minor = self.capability
-        return f"{self.name}, {self.memory_bytes / 2**30:.0f} GiB, sm_{major}{minor}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,22 +21,18 @@ class GpuLink:
 
 
 def find_gpus() -> list[Gpu]:
-    """In torch's order, which CUDA_VISIBLE_DEVICES may have changed."""
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [
-        Gpu(name=gpu.name, memory_bytes=gpu.total_memory, capability=(gpu.major, gpu.minor))
-        for gpu in found
-    ]
+    """Return the GPUs in torch's order, which CUDA_VISIBLE_DEVICES may have changed."""
+    return list(cuda_driver.visible_gpus())
 
 
 def find_links(num_gpus: int) -> list[GpuLink]:
-    """Of every two of the first so many GPUs."""
-    nvml = Nvml(*(str(torch.cuda.get_device_properties(i).uuid) for i in range(num_gpus)))
+    """Return the link between each pair of the first `num_gpus` GPUs."""
+    nvml = Nvml(*(gpu.uuid for gpu in find_gpus()[:num_gpus]))
     return [
         GpuLink(
             pair=(a, b),
             path=nvml.path(a, b) or "a path that NVML does not tell",
-            are_peers=torch.cuda.can_device_access_peer(a, b),
+            are_peers=cuda_driver.are_peers(a, b),
         )
         for a, b in combinations(range(num_gpus), 2)
     ]

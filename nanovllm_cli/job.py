@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from nanovllm_cli.core.engine import Engine
+from nanovllm_cli.core.engine_client import EngineClient
 from nanovllm_cli.core.engine_process import EngineProcess
 from nanovllm_cli.core.engine_replicas import EngineReplicas
 from nanovllm_cli.core.request import Completion, Failure, NewTokens, Output
@@ -32,7 +32,7 @@ class Job:
         options: GenerateOptions,
         *,
         sampling: dict[str, Any],
-        engine: Engine | EngineProcess | EngineReplicas,
+        engine: EngineClient,
         tokenizer: PromptTokenizer,
         feeder: Feeder,
         output: JobOutput,

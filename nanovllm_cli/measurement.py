@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
-from nanovllm_cli.core.engine import Engine, load_model, sizes_of
+from nanovllm_cli.core.engine import Engine, load_model
 from nanovllm_cli.core.engine_replicas import EngineReplicas
 from nanovllm_cli.core.errors import MemoryTooSmall
 from nanovllm_cli.core.parallel import ALONE
@@ -111,7 +111,7 @@ def _measure_here(
 ) -> Measurement:
     """An engine in this process; of several ranks it is the first."""
     start = time.perf_counter()
-    ranks = start_ranks(source, sizes_of(source), options.engine)
+    ranks = start_ranks(source, ModelConfig.of(source), options.engine)
     model = load_model(source, options.engine, ALONE if ranks is None else ranks.parallel)
     if model.embed_tokens.weight.is_cuda:
         torch.cuda.synchronize()

@@ -1,21 +1,26 @@
 """The whole job, from files to a file.
 
-The order is chosen so that a mistake is found before anything expensive: the inputs and the output
-are checked first, then the model's files, and only then are the weights loaded, while the first
-rows are already being tokenized. A job whose rows are all done loads nothing.
+The order is chosen so that a mistake is told before anything expensive happens: the inputs and
+their first rows are looked at, then the model's files, then the output. Only then do the engines'
+processes start. They import torch, which this process never does, while the inputs are read to
+their end, and load the weights while the first rows are tokenized. A job whose rows are all done,
+and one without rows, starts no engine.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from nanovllm_cli import __version__
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
-from nanovllm_cli.core.engine import Engine
+from nanovllm_cli.core.device_shares import start_children
 from nanovllm_cli.core.engine_child import EngineChild
+from nanovllm_cli.core.engine_client import EngineClient
 from nanovllm_cli.core.engine_process import EngineProcess
 from nanovllm_cli.core.engine_replicas import EngineReplicas
 from nanovllm_cli.core.grammar import GrammarError, Grammars
@@ -39,31 +44,63 @@ from .progress import Progress
 from .rows import BadRow, Row, check_inputs, read_rows
 from .signals import Signals, Stopped
 from .tokenizer import PromptTokenizer
+from .tokenizer_files import tokenizer_directory
 from .totals import Totals
 
-AnyEngine = Engine | EngineProcess | EngineReplicas
-LoadEngine = Callable[[Path, EngineConfig], AnyEngine]
+LoadEngine = Callable[[Path, EngineConfig], EngineClient]
 
 
-def load_engine(path: Path, config: EngineConfig) -> Engine:
-    """The engine with the checkpoint in the directory `path`."""
+def load_engine(path: Path, config: EngineConfig) -> EngineClient:
+    """Load the engine with the checkpoint in the directory `path` into this process."""
+    from nanovllm_cli.core.engine import Engine  # late: it imports torch
+
     return Engine.from_checkpoint(path, config)
 
 
-def generate_supervised(
-    options: GenerateOptions, children: list[EngineChild], signals: Signals
-) -> ExitCode:
-    """`generate` with an engine in each of `children`: a death costs a restart and not the job."""
-    load: LoadEngine = partial(EngineProcess, child=children[0])
-    if len(children) > 1:
-        load = partial(EngineReplicas, num_replicas=len(children), children=children)
-    return generate(options, load, signals=signals)
+class EngineProcesses:
+    """A job's engines, each in a process of its own: a death costs a restart and not the job.
+
+    Whatever ends the block ends the processes.
+    """
+
+    def __init__(self, num_engines: int, num_ranks_each: int) -> None:
+        self._num_engines = num_engines
+        self._num_ranks_each = num_ranks_each
+        self._children: list[EngineChild] = []
+
+    def __enter__(self) -> "EngineProcesses":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for child in self._children:
+            child.kill()  # nothing is left to kill where the job has closed it
+
+    def start(self) -> None:
+        """Start the processes, which import torch and wait for `load`."""
+        self._children = start_children(self._num_engines, self._num_ranks_each)
+
+    def load(self, path: Path, config: EngineConfig) -> EngineClient:
+        """Have them load the checkpoint in the directory `path`."""
+        if len(self._children) == 1:
+            return EngineProcess(path, config, child=self._children[0])
+        return EngineReplicas(
+            path, config, num_replicas=len(self._children), children=self._children
+        )
 
 
 def generate(
-    options: GenerateOptions, load: LoadEngine = load_engine, *, signals: Signals | None = None
+    options: GenerateOptions,
+    load: LoadEngine = load_engine,
+    *,
+    start: Callable[[], None] = lambda: None,
+    signals: Signals | None = None,
 ) -> ExitCode:
-    """Run the job to its end.
+    """Run the job to its end; `start` is called once it is known that `load` will be.
 
     Raises UserError for what ends it as a whole, and Stopped.
     """
@@ -76,21 +113,23 @@ def generate(
         status_requests=signals.status_requests,
     )
     with progress:
-        return _generate(options, load, totals, progress, signals)
+        return _generate(options, load, start, totals, progress, signals)
 
 
 def _generate(
     options: GenerateOptions,
     load: LoadEngine,
+    start: Callable[[], None],
     totals: Totals,
     progress: Progress,
     signals: Signals,
 ) -> ExitCode:
     with totals.phase("check"):
         sources = find_inputs(options.inputs)
-        num_rows = check_inputs(sources, limit=options.limit)
         rows = read_rows(sources, limit=options.limit)
         rows = try_first_rows(rows, options.prompt, options.columns)
+        first = next(rows, None)
+        rows = chain([] if first is None else [first], rows)
         model = resolve_model(
             options.model,
             options.revision,
@@ -104,8 +143,14 @@ def _generate(
         _check_grammar(sampling.get("grammar"), model, _tokenizer_path(options, model))
         output = open_output(options, sources, settings)
     try:
+        if first is None:
+            progress.say("empty", "the input has no rows")
+        elif output.finished is None:
+            start()
+        with totals.phase("count"):
+            num_rows = check_inputs(sources, limit=options.limit)
         with totals.phase("resume"):
-            is_complete = output.resume(num_rows)
+            is_complete = output.resume(num_rows) or first is None
         if output.finished is not None:
             return _nothing_to_do(options, output.finished, totals, progress)
         if num_rows is not None:
@@ -151,7 +196,7 @@ def _run(
         progress.say("note", note)
     try:
         with totals.phase("load"):
-            path = os.fspath(_tokenizer_path(options, model).absolute())
+            path = os.fspath(tokenizer_directory(_tokenizer_path(options, model)).absolute())
             # A process of its own loads meanwhile.
             engine = load(model, replace(options.engine, tokenizer_path=path))
             tokenizer = load_tokenizer(options, model)
@@ -198,7 +243,8 @@ def _check_grammar(grammar: str | None, model: Path, tokenizer: Path) -> None:
     if grammar is None:
         return
     sizes = ModelConfig.from_directory(model)
-    grammars = Grammars(tokenizer, vocab_size=sizes.vocab_size, eos_token_ids=sizes.eos_token_ids)
+    directory = tokenizer_directory(tokenizer)
+    grammars = Grammars(directory, vocab_size=sizes.vocab_size, eos_token_ids=sizes.eos_token_ids)
     try:
         grammars.matcher(grammar)
     except GrammarError as error:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
-from nanovllm_cli.core.engine import sizes_of
-from nanovllm_cli.core.parallel import TensorParallel
+from nanovllm_cli.core.cuda_driver import Gpu
 from nanovllm_cli.core.resolved_config import ResolvedConfig, resolve, why_not_shared
 
-from .gpus import Gpu, find_gpus
+from .gpus import find_gpus
 
 _WORKING_BYTES = 2 << 30  # a prefill's activations, logits, captured steps
 
@@ -39,7 +38,7 @@ class Needs:
 
     def of_each(self, num_ranks: int) -> int:
         """Bytes on each of so many GPUs: weights, and room to work with one longest sequence."""
-        part = TensorParallel(0, num_ranks).part_of(self.model)
+        part = self.model.part(num_ranks)
         kv_bytes = self.max_model_len * part.kv_bytes_per_token(self.dtype_bytes)
         return part.num_parameters * self.dtype_bytes + kv_bytes + _WORKING_BYTES
 
@@ -111,7 +110,7 @@ def parallel_notes(
     tp, dp = config.tensor_parallel_size, num_replicas
     if tp * dp == 1:
         return []
-    model = sizes_of(source)
+    model = ModelConfig.of(source)
     settings = resolve(config, model)
     if settings.device == "cpu":
         return []

@@ -21,24 +21,16 @@ def start_job(
         from .dry_run import dry_run as run
 
         return run(options)
+    if single_process and options.data_parallel_size > 1:
+        raise UserError(
+            f"--data-parallel-size is {options.data_parallel_size}, with --single-process",
+            "Leave out one of them: each engine needs a process.",
+        )
     with output_locks(options):
+        from .pipeline import EngineProcesses, generate
+
         if single_process:
-            if options.data_parallel_size > 1:
-                raise UserError(
-                    f"--data-parallel-size is {options.data_parallel_size}, with --single-process",
-                    "Leave out one of them: each engine needs a process.",
-                )
-            from .pipeline import generate
-
             return generate(options, signals=signals)
-        from nanovllm_cli.core.device_shares import start_children  # imports numpy
-
-        # They import torch while this process imports what it needs.
-        children = start_children(options.data_parallel_size, options.engine.tensor_parallel_size)
-        try:
-            from .pipeline import generate_supervised
-
-            return generate_supervised(options, children, signals)
-        finally:
-            for child in children:
-                child.kill()  # nothing is left to kill where the job has closed it
+        ranks = options.engine.tensor_parallel_size
+        with EngineProcesses(options.data_parallel_size, ranks) as engines:
+            return generate(options, load=engines.load, start=engines.start, signals=signals)

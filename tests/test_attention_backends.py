@@ -30,6 +30,8 @@ from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.doctor import doctor
 from nanovllm_cli.kernels.triton_import import HAS_TRITON
 
+from .stand_in_gpus import stand_in_gpus
+
 HOPPER, AMPERE = (9, 0), (8, 0)
 MODULES = {
     "flash-attn-3": "flash_attn_interface",
@@ -478,13 +480,12 @@ def test_a_function_without_pages_is_not_used(monkeypatch: pytest.MonkeyPatch) -
 
 
 def doctors_report(
-    monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes], capability: object
+    monkeypatch: pytest.MonkeyPatch,
+    capsysbinary: pytest.CaptureFixture[bytes],
+    capability: tuple[int, int],
 ) -> dict[str, Any]:
     """What `nanovllm doctor --json` says on a machine with such a GPU."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA Stand-in")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
-    monkeypatch.setattr("nanovllm_cli.core.resolved_config.HAS_TRITON", True)
+    stand_in_gpus(monkeypatch, "NVIDIA Stand-in", capability=capability)
     doctor(as_json=True)
     return json.loads(capsysbinary.readouterr().out)
 

@@ -455,7 +455,7 @@ def test_only_the_partial_file_is_left_by_a_job_that_fails(
     def broken(self: object) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("nanovllm_cli.pipeline.Engine.step", broken)
+    monkeypatch.setattr("nanovllm_cli.core.engine.Engine.step", broken)
     assert generate(source, "-o", tmp_path / "o.jsonl").code == 1
     left = {path.name for path in tmp_path.iterdir()}
     assert {name for name in left if not name.endswith(".partial")} == {"in.jsonl"}

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from nanovllm_cli.core.config import Device, EngineConfig, ModelConfig, RopeConf
 from nanovllm_cli.core.errors import ModelError, UserError
 from nanovllm_cli.core.resolved_config import resolve
 from nanovllm_cli.core.sampling_params import SamplingParams
+
+from .stand_in_gpus import stand_in_gpus
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -285,23 +286,10 @@ def test_yarn_lengthens_the_model_by_its_factor() -> None:
 # The machine
 
 
-@dataclass
-class StandInGpu:
-    """What torch.cuda says of a GPU."""
-
-    capability: tuple[int, int] = (8, 0)
-
-    def install(self, monkeypatch: pytest.MonkeyPatch, *, has_triton: bool = True) -> None:
-        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-        monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA Stand-in")
-        monkeypatch.setattr("torch.cuda.get_device_capability", lambda: self.capability)
-        monkeypatch.setattr("nanovllm_cli.core.resolved_config.HAS_TRITON", has_triton)
-
-
 def test_a_machine_without_a_gpu_runs_on_its_cpu_and_refuses_cuda(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    stand_in_gpus(monkeypatch)
     config = ModelConfig.from_hf(OLD_SPELLING, {})
     resolved = resolve(EngineConfig(), config)
     assert (resolved.device, resolved.dtype) == ("cpu", "float32")
@@ -311,18 +299,17 @@ def test_a_machine_without_a_gpu_runs_on_its_cpu_and_refuses_cuda(
 
 
 def test_a_gpu_is_taken_with_what_suits_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    StandInGpu().install(monkeypatch)
+    stand_in_gpus(monkeypatch, "Stand-in")
     resolved = resolve(EngineConfig(), ModelConfig.from_hf(OLD_SPELLING, {}))
     assert (resolved.device, resolved.dtype) == ("cuda", "bfloat16")
-    assert resolved.attention_backend is not None
-    assert resolved.attention_backend.name == "triton"
+    assert resolved.attention_backend == "triton"
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_a_gpu_that_is_too_old_is_named_with_what_runs(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    StandInGpu(capability=(7, 5)).install(monkeypatch)
+    stand_in_gpus(monkeypatch, "Stand-in", capability=(7, 5))
     with pytest.raises(UserError, match=r"Stand-in is sm_75.*sm_80") as caught:
         resolve(EngineConfig(device=device), ModelConfig.from_hf(OLD_SPELLING, {}))
     assert caught.value.hint is not None
@@ -330,7 +317,7 @@ def test_a_gpu_that_is_too_old_is_named_with_what_runs(
 
 
 def test_a_gpu_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    StandInGpu().install(monkeypatch, has_triton=False)
+    stand_in_gpus(monkeypatch, "Stand-in", has_triton=False)
     with pytest.raises(UserError, match="no Triton") as caught:
         resolve(EngineConfig(device="cuda"), ModelConfig.from_hf(OLD_SPELLING, {}))
     assert caught.value.hint is not None
@@ -341,7 +328,7 @@ def test_a_forced_attention_backend_is_for_a_gpu(monkeypatch: pytest.MonkeyPatch
     config = ModelConfig.from_hf(OLD_SPELLING, {})
     with pytest.raises(UserError, match=r"'triton'.*CPU"):
         resolve(EngineConfig(device="cpu", attention_backend="triton"), config)
-    StandInGpu().install(monkeypatch)
+    stand_in_gpus(monkeypatch, "Stand-in")
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if it were not installed
     with pytest.raises(UserError, match="not installed"):
         resolve(EngineConfig(attention_backend="flash-attn"), config)

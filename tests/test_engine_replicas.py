@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer
 
 from nanovllm_cli.core.config import EngineConfig
@@ -30,6 +29,7 @@ from nanovllm_cli.core.prefix_homes import PrefixHomes
 from nanovllm_cli.core.request import Failure, NewTokens, Output, Request
 
 from .cli import MODEL, SAMPLE
+from .stand_in_gpus import stand_in_gpus
 from .test_engine_process import (
     CONFIG,
     HANG_SECONDS,
@@ -414,7 +414,7 @@ def test_a_process_gets_its_environment_and_the_gpus_of_its_share(tmp_path: Path
 def test_too_few_gpus_are_an_error_before_anything_loads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    stand_in_gpus(monkeypatch, *["H100"] * 3)
     children = start_children(2, 2)
     for device in ("auto", "cuda"):
         config = EngineConfig(device=device, tensor_parallel_size=2)
@@ -422,7 +422,7 @@ def test_too_few_gpus_are_an_error_before_anything_loads(
             EngineReplicas(MODEL, config, num_replicas=2, children=children)
     assert not [child for child in children if is_running(child.pid)]
     assert share_machine(EngineConfig(), 3) == EngineConfig()
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    stand_in_gpus(monkeypatch)
     with pytest.raises(UserError, match="this job sees 0"):
         share_machine(EngineConfig(device="cuda"), 2)
 

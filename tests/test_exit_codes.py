@@ -375,7 +375,7 @@ def test_an_error_of_ours_is_1_with_a_traceback_only_on_demand(
     def broken(*_: object) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("nanovllm_cli.pipeline.Engine.from_checkpoint", broken)
+    monkeypatch.setattr("nanovllm_cli.core.engine.Engine.from_checkpoint", broken)
     output = tmp_path / "out.jsonl"
     ended = generate(one_row(tmp_path), "-o", output, "--quiet")
     assert (ended.code, ended.stdout) == (1, b"")

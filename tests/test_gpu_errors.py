@@ -18,6 +18,8 @@ from nanovllm_cli.core.gpu_errors import gpu_errors
 from nanovllm_cli.core.gpu_launch import GpuLaunch
 from nanovllm_cli.core.gpu_runner import GpuRunner
 
+from .stand_in_gpus import stand_in_gpus
+
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.80 GiB of "
     "which 12.50 GiB is free. Including non-PyTorch memory, this process has 127.30 GiB memory in "
@@ -64,11 +66,10 @@ class Raises:
 def a_gpu(monkeypatch: pytest.MonkeyPatch, *, free: int, reserved: int = 0) -> Iterator[None]:
     """As if there were a GPU with so many bytes free, and so many that torch holds unused."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    stand_in_gpus(monkeypatch, "NVIDIA Stand-in")
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free, 24 << 30))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda: reserved)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda: 0)
-    monkeypatch.setattr("nanovllm_cli.core.resolved_config.HAS_TRITON", True)
     yield
 
 

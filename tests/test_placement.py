@@ -1,6 +1,5 @@
 """What is advised for a model on some GPUs: pure, from facts that stand in for machines."""
 
-from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -111,17 +110,7 @@ def test_a_job_on_several_gpus_is_told_before_it_loads(monkeypatch: pytest.Monke
         return parallel_notes(EngineConfig(device=device, tensor_parallel_size=tp), dp, MODEL)
 
     gpus = [H100, H100, A10, A10]
-    found = [
-        SimpleNamespace(name=gpu.name, total_memory=gpu.memory_bytes, major=8, minor=6)
-        for gpu in gpus
-    ]
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: found[i])
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda i: gpus[i].name)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 6))
-    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
-    monkeypatch.setattr("nanovllm_cli.core.resolved_config.HAS_TRITON", True)
+    monkeypatch.setattr("nanovllm_cli.core.cuda_driver.visible_gpus", lambda: tuple(gpus))
     assert said(1, 1) == []
     (hint,) = said(2, 1)
     assert hint.endswith("--dp 2 is faster than --tp 2")

@@ -41,6 +41,7 @@ from nanovllm_cli.core.batch import (
     Twins,
 )
 from nanovllm_cli.core.batch_layout import decode_batch, encode_batch
+from nanovllm_cli.core.collectives import check_collectives
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.connection_errors import connection_errors
 from nanovllm_cli.core.engine import Engine
@@ -57,6 +58,7 @@ from nanovllm_cli.core.slot_table import SlotTable
 from . import gpu_tests
 from .cli import MODEL, ROOT, processes_with
 from .schemas import grammar_of_schema, random_schema
+from .stand_in_gpus import stand_in_gpus
 
 MakeCheckpoint = Callable[..., Path]
 VOCAB_SIZE = 162  # no multiple of 4
@@ -309,22 +311,21 @@ def test_a_model_that_cannot_be_shared_out_is_named(
 def test_more_ranks_than_gpus_and_a_torch_without_nccl_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    stand_in_gpus(monkeypatch, "H100")
     with pytest.raises(UserError, match="is 2, and this job sees 1 GPUs"):
         check_ranks(2, "cuda", sizes())
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    stand_in_gpus(monkeypatch, "H100", "H100")
+    check_ranks(2, "cuda", sizes())
+    resolved = resolve(EngineConfig(tensor_parallel_size=2), sizes())
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with pytest.raises(UserError, match="has no NCCL"):
-        check_ranks(2, "cuda", sizes())
+        check_collectives(resolved)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "H100")
-    check_ranks(2, "cuda", sizes())
+    check_collectives(resolved)
 
 
 def test_ranks_on_gpus_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "HHHA"[i] + "100")
+    stand_in_gpus(monkeypatch, "H100", "H100", "H100", "A100")
     check_ranks(2, "cuda", sizes())
     with pytest.raises(UserError, match="is 4, and the GPUs differ: H100, A100"):
         check_ranks(4, "cuda", sizes())
