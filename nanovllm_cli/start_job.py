@@ -6,6 +6,7 @@ Imports nothing slow before the output's lock is held: whoever comes second is t
 from nanovllm_cli.core.errors import UserError
 
 from .exit_code import ExitCode
+from .inputs import find_inputs
 from .lock import output_locks
 from .options import GenerateOptions
 from .signals import Signals
@@ -17,6 +18,7 @@ def start_job(
     """Run the job to its end; raises UserError for what ends it as a whole, and Stopped."""
     if options.timeout is not None:
         signals.end_after(options.timeout)
+    find_inputs(options.inputs)  # a name that is mistyped is told at once
     if dry_run:
         from .dry_run import dry_run as run
 
