@@ -41,4 +41,6 @@ def failure_of(sequence: Sequence, num_drawn: int, grammars: Grammars) -> Failur
         num_tokens = sequence.num_tokens - sequence.num_prompt_tokens
         code = "grammar_dead_end"
         message = f"the grammar allows no token after the completion's first {num_tokens}"
+        if sequence.guide is not None and sequence.guide.error:
+            message += f" ({sequence.guide.error})"
     return Failure(request_id=sequence.request.request_id, code=code, message=message)

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from nanovllm_cli.core.channel import Channel
 
 MAX_REPLY_BYTES = 64 << 20
+_MAX_ERROR_CHARS = 1000  # an error may quote all of a row
 _IDLE_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -91,7 +92,8 @@ def _answer(handle: Callable[[dict[str, Any]], str], payload: bytes) -> tuple[Ki
     except RecursionError:
         return Kind.REFUSED, b"it is nested too deeply"
     except Exception as error:  # whatever a template raises is its row's error
-        return Kind.REFUSED, (str(error) or type(error).__name__).encode("utf-8", "surrogatepass")
+        text = (str(error) or type(error).__name__)[:_MAX_ERROR_CHARS]
+        return Kind.REFUSED, text.encode("utf-8", "surrogatepass")
 
 
 def _render(task: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from .choice_regex import choice_regex
 from .exit_code import CommandError, ExitCode
 from .refusal import Refused, shown
 from .sandbox import SandboxError, Task, sandbox
@@ -22,6 +23,7 @@ Kind = Literal["json", "regex", "choice", "grammar"]
 Check = tuple[Callable[[Any], bool], str]
 
 _MAX_KNOWN = 1024  # grammars: most rows have one that an earlier row had
+_MAX_ALTERNATIVES = 1000  # of a grammar; more texts are one expression
 _ANY_OBJECT = '{"type":"object"}'
 _SCHEMA_KEYS = ("name", "description", "schema", "strict")
 
@@ -127,6 +129,11 @@ def grammar_text(kind: Kind, value: Any) -> str:
 
     value: for "json" a schema or its text, for "choice" a list of texts, else a text.
     """
+    if kind == "choice" and len(value) > _MAX_ALTERNATIVES:
+        try:
+            kind, value = "regex", choice_regex(value)
+        except RecursionError:
+            raise BadGrammar("hundreds of the texts are the beginning of the next one") from None
     compiled = _compiled(kind, value if isinstance(value, str) else json.dumps(value))
     if isinstance(compiled, SandboxError):
         raise BadGrammar(str(compiled))
