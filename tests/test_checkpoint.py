@@ -242,9 +242,9 @@ def test_a_file_of_another_user_is_66(name: str) -> None:
         path = Path(shutil.copytree(MODEL, Path(folder) / "model"))
         os.chmod(folder, 0o755)
         (path / name).chmod(0)
-        with as_another_user():
-            with pytest.raises(ModelFileMissing, match=f"cannot read .*{name}: Permission denied"):
-                check(path)
+        denied = f"cannot read .*{name}: Permission denied"
+        with as_another_user(), pytest.raises(ModelFileMissing, match=denied):
+            check(path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
