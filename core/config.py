@@ -4,16 +4,30 @@
 a key that changes the results and is missing is an error.
 """
 
-import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from nanovllm_cli.core.errors import ModelError, UserError
+from nanovllm_cli.core.model_files import Fields, read_json, shown
+from nanovllm_cli.core.quantization import quantized, refuse_quantized_files
+from nanovllm_cli.core.sampling_params import MAX_STOP_TOKEN_IDS
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 AttentionBackendName = Literal["auto", "triton", "flash-attn", "flash-attn-3", "torch"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+# Far above every dense Qwen3, and low enough that no size takes the machine's memory before the
+# weights, which must have these shapes, are looked at.
+_MAX_LAYERS = 1024
+_MAX_HEADS = 1024
+_MAX_HEAD_DIM = 1024
+_MAX_WIDTH = 1 << 20
+_MAX_VOCABULARY = 1 << 22
+_MAX_CONTEXT = 1 << 22  # tokens; rotary tables of so many take 4 GiB at a head_dim of 256
+_MAX_ROPE_NUMBER = 1e12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,96 +103,146 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: Path) -> "ModelConfig":
-        """The config of the checkpoint in `path`; raises ModelError."""
+        """Return the config of the checkpoint in `path`; raises ModelError."""
+        config = read_json(path / "config.json")
+        refuse_quantized_files(path)
         generation = path / "generation_config.json"
-        generation_config = _read_json(generation) if generation.exists() else {}
-        return cls.from_hf(_read_json(path / "config.json"), generation_config)
+        generation_config = read_json(generation) if os.path.lexists(generation) else {}
+        return cls.from_hf(config, generation_config, directory=path)
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any], generation_config: dict[str, Any]) -> "ModelConfig":
-        """From Hugging Face's dicts, in transformers 4's spelling or 5's; raises ModelError."""
+    def from_hf(
+        cls,
+        config: dict[str, Any],
+        generation_config: dict[str, Any],
+        *,
+        directory: Path = Path(),
+    ) -> "ModelConfig":
+        """From Hugging Face's dicts, in transformers 4's spelling or 5's; raises ModelError.
 
-        def need(key: str) -> Any:
-            if key not in config:
-                raise ModelError(f"config.json has no {key!r}", "Is the checkpoint whole?")
-            return config[key]
-
-        if need("architectures") != ["Qwen3ForCausalLM"]:
+        directory: where they come from, for messages.
+        """
+        fields = Fields(str(directory / "config.json"), config)
+        if fields.need("architectures") != ["Qwen3ForCausalLM"]:
             raise ModelError(
-                f"config.json names the architecture {config['architectures']}",
+                f"{fields.where} names the architecture {shown(config['architectures'])}",
                 "nanovllm runs dense Qwen3 models (Qwen3ForCausalLM), 0.6B to 32B.",
             )
+        for key in ("quantization_config", "compression_config"):
+            if config.get(key):
+                raise quantized(fields.where, key, config[key])
         for key, expected in (
             ("hidden_act", "silu"),
             ("attention_bias", False),
             ("use_sliding_window", False),
         ):
-            if need(key) != expected:
+            # A 0 is not false in JSON, though it is to Python.
+            if fields.need(key) != expected or type(config[key]) is not type(expected):
                 raise ModelError(
-                    f"config.json has {key} = {config[key]!r}; nanovllm runs {expected!r} only"
+                    f"{fields.where} has {key} = {shown(config[key])}; nanovllm runs "
+                    f"{expected!r} only"
                 )
-        eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
+        num_heads = fields.integer("num_attention_heads", 1, _MAX_HEADS)
+        num_kv_heads = fields.integer("num_key_value_heads", 1, num_heads)
+        if num_heads % num_kv_heads:
+            raise ModelError(
+                f"{fields.where} has num_key_value_heads = {num_kv_heads}; it must divide "
+                f"num_attention_heads, {num_heads}"
+            )
+        head_dim = fields.integer("head_dim", 2, _MAX_HEAD_DIM)
+        if head_dim % 2:
+            raise fields.refused("head_dim", "even: rotary embeddings turn pairs of values")
+        vocab_size = fields.integer("vocab_size", 1, _MAX_VOCABULARY)
         return cls(
-            hidden_size=need("hidden_size"),
-            num_hidden_layers=need("num_hidden_layers"),
-            num_attention_heads=need("num_attention_heads"),
-            num_key_value_heads=need("num_key_value_heads"),
-            head_dim=need("head_dim"),
-            intermediate_size=need("intermediate_size"),
-            vocab_size=need("vocab_size"),
-            rms_norm_eps=need("rms_norm_eps"),
-            max_position_embeddings=need("max_position_embeddings"),
-            tie_word_embeddings=need("tie_word_embeddings"),
-            rope=_rope_config(config, need),
-            dtype=config["dtype"] if "dtype" in config else need("torch_dtype"),
-            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            hidden_size=fields.integer("hidden_size", 1, _MAX_WIDTH),
+            num_hidden_layers=fields.integer("num_hidden_layers", 1, _MAX_LAYERS),
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            head_dim=head_dim,
+            intermediate_size=fields.integer("intermediate_size", 1, _MAX_WIDTH),
+            vocab_size=vocab_size,
+            rms_norm_eps=fields.number("rms_norm_eps", 0.0, 1.0),
+            max_position_embeddings=fields.integer("max_position_embeddings", 1, _MAX_CONTEXT),
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            rope=_rope_config(fields),
+            dtype=fields.one_of("dtype" if "dtype" in config else "torch_dtype", _DTYPES),
+            eos_token_ids=_eos_token_ids(
+                fields, Fields(str(directory / "generation_config.json"), generation_config)
+            ),
         )
 
 
-def _rope_config(config: dict[str, Any], need: Any) -> RopeConfig:
+def _eos_token_ids(config: Fields, generation: Fields) -> tuple[int, ...]:
+    """Those of generation_config.json, else of config.json.
+
+    One outside the vocabulary can never be drawn, so it ends nothing and is left out: checkpoints
+    whose vocabulary was cut down carry such ids.
+    """
+    key = "eos_token_id"
+    fields = generation if key in generation.values else config
+    value = fields.values.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(token_id) is not int for token_id in ids):
+        raise fields.refused(key, "a token id or a list of them")
+    vocab_size = config.values["vocab_size"]
+    known = tuple(dict.fromkeys(token_id for token_id in ids if 0 <= token_id < vocab_size))
+    if len(known) > MAX_STOP_TOKEN_IDS:
+        raise fields.refused(key, f"at most {MAX_STOP_TOKEN_IDS} token ids")
+    return known
+
+
+def _rope_config(config: Fields) -> RopeConfig:
     """transformers 5 keeps rope in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
-    if "rope_parameters" in config:
-        if not isinstance(config["rope_parameters"], dict):
-            raise ModelError(f"config.json has rope_parameters {config['rope_parameters']!r}")
-        rope = dict(config["rope_parameters"])
+    if "rope_parameters" in config.values:
+        name = "rope_parameters"
+        rope = config.values[name]
     else:
-        rope = dict(config.get("rope_scaling") or {}, rope_theta=need("rope_theta"))
-    rope_type = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    if "rope_theta" not in rope:
-        raise ModelError("config.json has no rope_theta in rope_parameters")
-    theta = float(rope.pop("rope_theta"))
+        name = "rope_scaling"
+        rope = config.values.get(name)
+        rope = {} if rope is None else rope
+    if not isinstance(rope, dict):
+        raise config.refused(name, "an object")
+    if name == "rope_scaling":
+        rope = {**rope, "rope_theta": config.need("rope_theta")}
+    rope = {key: value for key, value in rope.items() if value is not None}
+    if "type" in rope:
+        rope.setdefault("rope_type", rope["type"])
+    fields = Fields(f"{config.where}, {name},", rope)
+    rope_type = fields.values.get("rope_type", "default")
+    if rope_type not in ("default", "yarn"):
+        raise ModelError(
+            f"{config.where} has rope_type {shown(rope_type)}; known are default and yarn"
+        )
+    # Above 1: YaRN divides by its logarithm.
+    theta = fields.number("rope_theta", 1.0, _MAX_ROPE_NUMBER)
     if rope_type == "default":
         return RopeConfig(rope_type="default", theta=theta)
-    if rope_type != "yarn":
-        raise ModelError(f"config.json has rope_type {rope_type!r}; known are default and yarn")
-    original = rope.pop("original_max_position_embeddings", need("max_position_embeddings"))
-    optional = ("attention_factor", "beta_fast", "beta_slow", "truncate")
-    fields = {key: rope.pop(key) for key in optional if rope.get(key) is not None}
-    factor = rope.pop("factor", None)
-    unknown = [key for key, value in rope.items() if value is not None]
-    if unknown or factor is None:
-        what = f"unknown rope parameters {unknown}" if unknown else "yarn without a factor"
-        raise ModelError(f"config.json has {what}")
-    return RopeConfig(
+    if not fields.has("factor"):
+        raise ModelError(f"{config.where} has yarn without a factor")
+    known = ("rope_theta", "type", *RopeConfig.__dataclass_fields__)
+    if unknown := [key for key in rope if key not in known or key == "theta"]:
+        raise ModelError(f"{config.where} has unknown rope parameters {shown(unknown)}")
+    original = "original_max_position_embeddings"
+    has_own = fields.has(original)
+    optional: dict[str, Any] = {
+        key: fields.number(key, 0.0, _MAX_ROPE_NUMBER)
+        for key in ("attention_factor", "beta_fast", "beta_slow")
+        if fields.has(key)
+    }
+    if fields.has("truncate"):
+        optional["truncate"] = fields.flag("truncate")
+    yarn = RopeConfig(
         rope_type="yarn",
         theta=theta,
-        factor=float(factor),
-        original_max_position_embeddings=original,
-        **fields,
+        factor=fields.number("factor", 0.0, _MAX_CONTEXT),
+        original_max_position_embeddings=fields.integer(original, 1, _MAX_CONTEXT)
+        if has_own
+        else config.integer("max_position_embeddings", 1, _MAX_CONTEXT),
+        **optional,
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist", "Is the checkpoint whole?") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} holds no JSON object")
-    return content
+    if yarn.factor * yarn.original_max_position_embeddings > _MAX_CONTEXT:
+        raise fields.refused("factor", f"such that {original} times it is at most {_MAX_CONTEXT}")
+    return yarn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,6 @@ advance the slot; a slot that has finished is parked, and writes to the scratch 
 rows ask beyond a token is token_choice.py's.
 """
 
-import os
 import threading
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,16 +27,10 @@ from nanovllm_cli.core.batch import (
     SampleBatch,
     packed_positions,
 )
-from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.cpu_attention import CpuAttention
 from nanovllm_cli.core.cpu_threads import CpuThreads
-from nanovllm_cli.core.kv_cache import (
-    allocate_kv_caches,
-    block_bytes,
-    blocks_per_sequence,
-    copy_blocks,
-    num_kv_blocks,
-)
+from nanovllm_cli.core.kv_cache import allocate_kv_caches, copy_blocks
+from nanovllm_cli.core.kv_sizes import blocks_per_sequence, cpu_kv_bytes, num_kv_blocks
 from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 from nanovllm_cli.core.sampler import sample
@@ -51,8 +44,6 @@ from nanovllm_cli.core.token_choice import (
 )
 from nanovllm_cli.kernels.linear import ROWS_PER_TILE
 
-_KV_TOKENS_PER_SEQ = 256  # the default cache holds so many of each running sequence
-_KV_BYTES = 4 << 30  # and is no larger than this, nor than half the free memory
 # A thread's share of a launch, parameters x tokens, where no number of threads is asked for. Below
 # it threads wait for each other's Python: with 2M parameters and 45 tokens a step two threads took
 # 1.3 times as long as one.
@@ -78,7 +69,7 @@ class CpuRunner:
         self._threads = CpuThreads(config.num_threads)
         self._block_size = config.block_size
         self._group_size = sizes.num_attention_heads // sizes.num_key_value_heads
-        kv_bytes = model.parallel.minimum(_kv_bytes(config, sizes))
+        kv_bytes = model.parallel.minimum(cpu_kv_bytes(sizes, config))
         self.num_blocks = num_kv_blocks(kv_bytes, sizes, config)
         self._kv_caches = allocate_kv_caches(self.num_blocks, sizes, config)
         self._table = SlotTable(config.max_num_seqs, blocks_per_sequence(config), weight.device)
@@ -238,16 +229,6 @@ class CpuRunner:
         is_full = table.length[slots] >= table.max_length[slots]
         table.is_finished[slots] = is_stopped | is_nan | is_full
         window.add(step, rows, token_ids, is_stopped, is_nan)
-
-
-def _kv_bytes(config: ResolvedConfig, sizes: ModelConfig) -> int:
-    """What the KV cache may take: the given number, or what is likely to be used."""
-    if config.kv_cache_bytes is not None:
-        return config.kv_cache_bytes
-    wanted = config.max_num_seqs * min(config.max_model_len, _KV_TOKENS_PER_SEQ)
-    wanted_blocks = max(-(-wanted // config.block_size), blocks_per_sequence(config)) + 1
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(wanted_blocks * block_bytes(sizes, config), _KV_BYTES, free // 2)
 
 
 def _even_parts(num_rows: int, num_parts: int) -> list[tuple[int, int]]:

@@ -22,6 +22,8 @@ from nanovllm_cli.core.errors import (
     GpuFailed,
     MemoryTooSmall,
     ModelError,
+    ModelFileMissing,
+    ModelUnreadable,
     NotConnected,
     UserError,
 )
@@ -164,7 +166,10 @@ class EngineChild:
 
 def as_exception(error: dict[str, Any]) -> UserError:
     """The user's mistakes as what they were there; the traceback is a note, for --debug."""
-    of_users = (UserError, ModelError, GpuFailed, MemoryTooSmall, NotConnected)
+    of_users = (
+        *(UserError, ModelError, ModelFileMissing, ModelUnreadable),
+        *(GpuFailed, MemoryTooSmall, NotConnected),
+    )
     kinds = {kind.__name__: kind for kind in of_users}
     exception: UserError
     if error["type"] in kinds:

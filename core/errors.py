@@ -14,6 +14,14 @@ class ModelError(UserError):
     """The model's files cannot be used: unknown architecture, missing or misshapen tensors."""
 
 
+class ModelFileMissing(ModelError):
+    """A file of the model is not there, or this user may not read it."""
+
+
+class ModelUnreadable(ModelError):
+    """The disk or the network does not give a file of the model."""
+
+
 class GpuFailed(UserError):
     """The GPU failed, or ran out of memory, in the middle of a job; what is finished is kept."""
 

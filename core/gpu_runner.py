@@ -32,13 +32,8 @@ from nanovllm_cli.core.gpu_forced import ForcedSteps
 from nanovllm_cli.core.gpu_launch import GpuLaunch
 from nanovllm_cli.core.gpu_prefill import GpuPrefill
 from nanovllm_cli.core.kernel_warm_up import layer_kernels, run_side_by_side
-from nanovllm_cli.core.kv_cache import (
-    KVCache,
-    allocate_kv_caches,
-    blocks_per_sequence,
-    copy_blocks,
-    num_kv_blocks,
-)
+from nanovllm_cli.core.kv_cache import KVCache, allocate_kv_caches, copy_blocks
+from nanovllm_cli.core.kv_sizes import blocks_per_sequence, num_kv_blocks
 from nanovllm_cli.core.memory_profile import free_bytes
 from nanovllm_cli.core.qwen3 import Qwen3
 from nanovllm_cli.core.resolved_config import ResolvedConfig

@@ -1,4 +1,4 @@
-"""The KV cache: a layer's pages, how many blocks some memory holds, and their allocation."""
+"""The KV cache: a layer's pages, and their allocation."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.errors import MemoryTooSmall
+from nanovllm_cli.core.kv_sizes import block_bytes
 from nanovllm_cli.core.resolved_config import ResolvedConfig
 
 
@@ -23,39 +24,6 @@ def copy_blocks(caches: list[KVCache], sources: Tensor, targets: Tensor) -> None
     for cache in caches:
         for pages in (cache.k, cache.v):
             pages[targets] = pages[sources]
-
-
-def blocks_per_sequence(config: ResolvedConfig) -> int:
-    """Blocks of the longest sequence."""
-    return -(-config.max_model_len // config.block_size)
-
-
-def block_bytes(sizes: ModelConfig, config: ResolvedConfig) -> int:
-    """Bytes of one block over all layers."""
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return sizes.kv_bytes_per_token(dtype.itemsize) * config.block_size
-
-
-def num_kv_blocks(free_bytes: int, sizes: ModelConfig, config: ResolvedConfig) -> int:
-    """Blocks that `free_bytes` hold, no more than the running sequences can fill.
-
-    The scratch block is one of them. Raises MemoryTooSmall where there is no room for another.
-    """
-    most = config.max_num_seqs * blocks_per_sequence(config) + 1
-    num_blocks = min(free_bytes // block_bytes(sizes, config), most)
-    if num_blocks >= 2:
-        return num_blocks
-    if config.kv_cache_bytes is not None or config.device == "cpu":
-        hint = "Raise --kv-cache-memory or lower --block-size."
-    else:
-        hint = (
-            "Lower --max-num-batched-tokens or --max-num-seqs, or raise --gpu-memory-utilization."
-        )
-    raise MemoryTooSmall(
-        f"{max(free_bytes, 0)} bytes are left for the KV cache; one block of {config.block_size} "
-        f"tokens and the scratch block need {2 * block_bytes(sizes, config)}",
-        hint,
-    )
 
 
 def allocate_kv_caches(

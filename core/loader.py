@@ -1,10 +1,9 @@
 """safetensors -> the model's parameters, tensor by tensor from memory-mapped files.
 
-A tensor that is missing, unexpected or misshapen is an error that names it. Checkpoint matrices
-that we hold stacked (q, k, v and gate, up) are copied into their rows of the stack.
+What checkpoint.py finds wrong with the files is an error before a value is read. Checkpoint
+matrices that we hold stacked (q, k, v and gate, up) are copied into their rows of the stack.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,37 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanovllm_cli.core.checkpoint import StoredTensor, check_tied_head, checked_tensors
 from nanovllm_cli.core.errors import ModelError
 from nanovllm_cli.core.layers import Embedding, Linear
+from nanovllm_cli.core.model_files import unreadable
 from nanovllm_cli.core.parallel import Shard, whole
 from nanovllm_cli.core.qwen3 import Qwen3
 
 _STACKS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The checkpoint's safetensors files: those its index names, else all there are."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is no index of tensors: {error!r}") from None
-        files = [path / name for name in names]
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise ModelError(f"{path}: {index.name} names files that are not there: {missing}")
-        return files
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(file.name for file in (*path.glob("*.bin"), *path.glob("*.pt")))
-        found = f"; it holds {', '.join(pickled)}" if pickled else ""
-        raise ModelError(
-            f"{path} holds no *.safetensors{found}",
-            "Convert pickled weights with transformers: model.save_pretrained(DIR) writes "
-            "safetensors. nanovllm never unpickles a file.",
-        )
-    return files
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,36 +46,26 @@ class Target:
 def load_weights(model: Qwen3, path: Path) -> None:
     """Fill `model`'s parameters from the checkpoint in `path`, converting to their dtype.
 
-    Of a matrix that the ranks share out only this rank's part is read.
+    Of a matrix that the ranks share out only this rank's part is read. Raises ModelError.
     """
+    stored = checked_tensors(path, model.config)
+    if model.config.tie_word_embeddings and model.parallel.rank == 0:
+        check_tied_head(stored)
     targets = targets_of(model)
-    loaded: set[str] = set()
-    for file in weight_files(path):
+    by_file: dict[Path, list[StoredTensor]] = {}
+    for tensor in stored.values():
+        if tensor.name in targets:  # not the copy of a tied embedding
+            by_file.setdefault(tensor.file, []).append(tensor)
+    for file, tensors in by_file.items():
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                    if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                        continue  # a copy of the embedding that some checkpoints carry
-                    if name not in targets:
-                        raise ModelError(f"{file} holds an unexpected tensor {name!r}")
-                    target = targets[name]
-                    stored = tensors.get_slice(name)
-                    if stored.get_shape() != target.shape:
-                        raise ModelError(
-                            f"{file}: {name} has the shape {stored.get_shape()}; "
-                            f"config.json asks for {target.shape}"
-                        )
-                    target.fill(stored[target.part])
-                    loaded.add(name)
-        except SafetensorError as error:
+            with safe_open(file, framework="pt") as opened:
+                for tensor in tensors:
+                    target = targets[tensor.name]
+                    target.fill(opened.get_slice(tensor.name)[target.part])
+        except (SafetensorError, FileNotFoundError) as error:  # it has changed since
             raise ModelError(f"{file} is not a whole safetensors file: {error}") from None
-    missing = [name for name in targets if name not in loaded]
-    if missing:
-        raise ModelError(
-            f"{path} lacks {len(missing)} tensors: {', '.join(missing[:5])}"
-            + (" ..." if len(missing) > 5 else ""),
-            "Is the checkpoint whole?",
-        )
+        except OSError as error:
+            raise unreadable(file, error) from None
 
 
 def load_random_weights(model: Qwen3, seed: int = 0) -> None:

@@ -28,7 +28,7 @@ from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.core.resolved_config import check_gpu, resolve
 
 from .builtin_configs import builtin_config
-from .exit_code import CommandError, ExitCode
+from .exit_code import ExitCode
 from .files import io_errors
 from .gpus import GpuLink, describe_links, find_gpus, find_links
 from .models import SHORT_NAMES, resolve_model
@@ -171,6 +171,6 @@ def _version(package: str) -> str:
 def _is_cached(name: str) -> bool:
     try:
         resolve_model(name, offline=True)
-    except CommandError:
+    except UserError:
         return False
     return True

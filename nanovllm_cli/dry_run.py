@@ -1,25 +1,35 @@
-"""`--dry-run`: read and tokenize everything, say what the job would need, and generate nothing."""
+"""`--dry-run`: read and tokenize everything, say what the job would need, and generate nothing.
+
+Rows are planned by the job's RowPlanner and checked by the engine's RequestChecks, weights by the
+headers of their files: what it finds good the job finds good.
+"""
 
 import sys
 from collections import Counter
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from nanovllm_cli.core.checkpoint import check_tied_head, checked_tensors
 from nanovllm_cli.core.config import ModelConfig
-from nanovllm_cli.core.machine_rates import cpu_matmul_rate
+from nanovllm_cli.core.grammar import GrammarError, Grammars
+from nanovllm_cli.core.kv_sizes import longest_sequence
+from nanovllm_cli.core.request import Failure
+from nanovllm_cli.core.request_checks import RequestChecks
 from nanovllm_cli.core.resolved_config import resolve
 
-from .exit_code import ExitCode
+from .exit_code import CommandError, ExitCode
 from .feeder import to_prompts, tokenize
 from .first_rows import try_first_rows
 from .inputs import find_inputs
-from .models import default_sampling, resolve_model
+from .models import default_sampling, resolve_model, resolve_tokenizer
 from .options import GenerateOptions
 from .pipeline import load_tokenizer
 from .refusal import Refused
 from .row_plan import RowPlan, RowPlanner
 from .rows import BadRow, check_inputs, read_rows
+from .tokenizer_files import tokenizer_directory
 
 
 def dry_run(options: GenerateOptions) -> ExitCode:
@@ -31,8 +41,14 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     path = resolve_model(options.model, options.revision, offline=options.offline)
     model = ModelConfig.from_directory(path)
     engine = resolve(options.engine, model)
+    sampling = default_sampling(path) | options.sampling
+    weights = checked_tensors(path, model)
+    if model.tie_word_embeddings:
+        check_tied_head(weights)
+    max_model_len = longest_sequence(model, engine)
+    checks = _request_checks(options, path, model, max_model_len, sampling.get("grammar"))
     tokenizer = load_tokenizer(options, path)
-    planner = RowPlanner(options, default_sampling(path) | options.sampling, tokenizer)
+    planner = RowPlanner(options, sampling, tokenizer)
 
     errors: Counter[str] = Counter()
     num_rows = num_prompt_tokens = num_completion_tokens = longest_prompt = longest = 0
@@ -44,7 +60,7 @@ def dry_run(options: GenerateOptions) -> ExitCode:
             try:
                 plans = planner.plans(fed)
                 for plan in plans:
-                    _check(plan, engine.max_model_len, model.vocab_size)
+                    _check(plan, checks)
             except Refused as refused:
                 errors[refused.code] += 1
                 continue
@@ -52,7 +68,7 @@ def dry_run(options: GenerateOptions) -> ExitCode:
             for plan in plans:
                 length = len(plan.token_ids)
                 num_prompt_tokens += length
-                room = engine.max_model_len - length
+                room = max_model_len - length
                 most = min(plan.requests[0].sampling.max_tokens or room, room)
                 num_completion_tokens += most * len(plan.requests)
                 longest_prompt = max(longest_prompt, length)
@@ -60,6 +76,13 @@ def dry_run(options: GenerateOptions) -> ExitCode:
 
     kv_bytes = model.kv_bytes_per_token(4 if engine.dtype == "float32" else 2)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    num_bytes = sum(tensor.end - tensor.start for tensor in weights.values())
+    num_files = len({tensor.file for tensor in weights.values()})
+    table.add_row(
+        "weights",
+        f"{len(weights)} tensors in {num_files} file{'s' if num_files > 1 else ''}, "
+        f"{num_bytes / 2**20:.1f} MiB, as config.json asks for",
+    )
     table.add_row("rows", f"{num_rows} good, {errors.total()} bad")
     for code, count in errors.most_common():
         table.add_row("", f"{count} {code}")
@@ -72,22 +95,45 @@ def dry_run(options: GenerateOptions) -> ExitCode:
         f"{kv_bytes * longest * engine.max_num_seqs / 2**20:.1f} MiB for "
         f"{engine.max_num_seqs} such at a time",
     )
-    if engine.device == "cpu":
-        num_tokens = num_prompt_tokens + num_completion_tokens
-        seconds = 2 * model.num_parameters * num_tokens / cpu_matmul_rate()
-        table.add_row("time", f"at most about {seconds:.0f} s: every row to its limit, none cached")
     if not options.quiet:
         Console(file=sys.stderr).print(table, highlight=False)
     return ExitCode.SOME_ROWS_FAILED if errors and not options.allow_errors else ExitCode.OK
 
 
-def _check(plan: RowPlan, max_model_len: int, vocab_size: int) -> None:
+def _request_checks(
+    options: GenerateOptions,
+    path: Path,
+    model: ModelConfig,
+    max_model_len: int,
+    grammar: str | None,
+) -> RequestChecks:
+    """The engine's own; raises CommandError where `grammar`, of all rows, cannot be used."""
+    tokenizer = path
+    if options.tokenizer is not None:
+        tokenizer = resolve_tokenizer(options.tokenizer, offline=options.offline)
+    grammars = Grammars(
+        tokenizer_directory(tokenizer),
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+    )
+    if grammar is not None:
+        try:
+            grammars.matcher(grammar)
+        except GrammarError as error:
+            raise CommandError(
+                f"the rows' grammar cannot be used with this model: {error}"
+            ) from None
+    return RequestChecks(
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        max_model_len=max_model_len,
+        grammars=grammars,
+    )
+
+
+def _check(plan: RowPlan, checks: RequestChecks) -> None:
     """Raise Refused for what the engine would refuse."""
-    if len(plan.token_ids) >= max_model_len:
-        raise Refused("prompt_too_long", f"{len(plan.token_ids)} tokens")
-    if max(plan.token_ids, default=vocab_size) >= vocab_size:
-        raise Refused("bad_token_ids", "a token id that the vocabulary has not")
-    sampling = plan.requests[0].sampling
-    named = [*sampling.stop_token_ids, *(token_id for token_id, _ in sampling.logit_bias)]
-    if max(named, default=0) >= vocab_size:
-        raise Refused("bad_parameters", "a token id that the vocabulary has not")
+    for request in plan.requests:
+        checked = checks.sequence_of(request)
+        if isinstance(checked, Failure):
+            raise Refused(checked.code, checked.message)

@@ -1,10 +1,12 @@
 """The fingerprint of a run: everything that its results depend on, and nothing else.
 
 Rows of two runs may be put together where their fingerprints are equal. Batch sizes, memory,
-threads and names of files are not in it: a row has the same bits whatever they are.
+threads and names of files are not in it: a row has the same bits whatever they are. weights_hash.py
+says what is promised of the weights.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ import orjson
 import xxhash
 
 from nanovllm_cli.core.config import ModelConfig
+from nanovllm_cli.core.model_files import read_file
 from nanovllm_cli.core.resolved_config import resolve
 
 from .exit_code import CommandError, ExitCode
 from .files import as_text
 from .options import GenerateOptions
+from .weights_hash import weights_fingerprint
 
 Fingerprint = dict[str, str]
 _MODEL_FILES = ("config.json", "generation_config.json")
@@ -25,17 +29,24 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
-_SAMPLE_BYTES = 4096
 _MAX_SHOWN = 100  # characters
-_MAX_HEADER_BYTES = 100 << 20  # as safetensors has it
+# Hashes that not every run keeps: those of version 0.1 have neither, and the second is asked for.
+_OPTIONAL = ("weights_content", "weights_whole")
+_OF_MODEL = ("config.json", "weights")
 
 
 def fingerprint(
-    options: GenerateOptions, *, model: Path, tokenizer: Path, sampling: dict[str, Any]
+    options: GenerateOptions,
+    *,
+    model: Path,
+    tokenizer: Path,
+    sampling: dict[str, Any],
+    say: Callable[[str], object] = lambda message: None,
 ) -> Fingerprint:
     """Name -> value, short enough to be shown; `sampling` is what rows get that say nothing.
 
-    Raises UserError for a model or settings that cannot run.
+    `say` is told what --verify-weights took. Raises UserError for a model or settings that cannot
+    run.
     """
     engine = resolve(options.engine, ModelConfig.from_directory(model))
     prompt = {name: value for name, value in asdict(options.prompt).items() if name != "sampling"}
@@ -66,16 +77,19 @@ def fingerprint(
     files = [model / name for name in _MODEL_FILES] + [
         tokenizer / name for name in _TOKENIZER_FILES
     ]
-    hashes = {path.name: _hash_of(path) for path in files if path.exists()}
-    weights = xxhash.xxh3_128()
-    for path in sorted(model.glob("*.safetensors")):
-        weights.update(_weights_sample(path))
-    return named | hashes | {"weights": weights.hexdigest()}
+    hashes = {path.name: _hash_of(path) for path in files if os.path.exists(path)}
+    return named | hashes | weights_fingerprint(model, is_whole=options.verify_weights, say=say)
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> str:
-    """Every name whose value differs, with both values; empty where none does."""
+    """Every name whose value differs, with both values; empty where none does.
+
+    A model is what its files hold: by which path or name it was given makes no difference.
+    """
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    names = [name for name in names if name not in _OPTIONAL or (name in old and name in new)]
+    if all(name in old and name not in names for name in _OF_MODEL):
+        names = [name for name in names if name != "model"]
     return "; ".join(f"{n}: {old.get(n, 'unset')} -> {new.get(n, 'unset')}" for n in names)
 
 
@@ -98,26 +112,4 @@ def _text(value: Any) -> str:
 
 
 def _hash_of(path: Path) -> str:
-    return xxhash.xxh3_64_hexdigest(path.read_bytes())
-
-
-def _weights_sample(path: Path) -> bytes:
-    """Name, size, header, and the first 4 KiB of every tensor of a safetensors file.
-
-    To read all of it would cost as much as to load it. Training changes every tensor, and a
-    tensor that was replaced differs in its beginning; a single value changed far inside one of
-    them goes unseen. https://huggingface.co/docs/safetensors
-    """
-    with open(path, "rb") as file:
-        num_bytes = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, _MAX_HEADER_BYTES))
-        parts = [path.name.encode(), b"%d" % num_bytes, header]
-        try:
-            tensors = orjson.loads(header)
-            starts = [t["data_offsets"][0] for n, t in tensors.items() if n != "__metadata__"]
-        except (ValueError, AttributeError, TypeError, KeyError, IndexError):
-            return b"\0".join(parts)  # not safetensors, as the loader will say
-        for start in sorted(starts):
-            parts.append(os.pread(file.fileno(), _SAMPLE_BYTES, 8 + length + start))
-        return b"\0".join(parts)
+    return xxhash.xxh3_64_hexdigest(read_file(path))

@@ -121,6 +121,7 @@ def generate_command(
     tokenizer: job_flags.Tokenizer = None,
     dtype: flags.DType = flags.DEFAULTS.dtype,
     offline: job_flags.Offline = False,
+    verify_weights: job_flags.VerifyWeights = False,
     max_model_len: flags.MaxModelLen = None,
     device: flags.Device = flags.DEFAULTS.device,
     tensor_parallel_size: flags.TensorParallelSize = flags.DEFAULTS.tensor_parallel_size,
@@ -197,6 +198,7 @@ def generate_command(
             revision=revision,
             tokenizer=tokenizer,
             offline=offline,
+            verify_weights=verify_weights,
             engine=EngineConfig(
                 dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
                 max_model_len=max_model_len,

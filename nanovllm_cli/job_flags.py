@@ -96,6 +96,13 @@ Offline = Annotated[
     bool,
     shared_option("--offline", panel=flags.MODEL, help="Never ask the hub; as HF_HUB_OFFLINE=1."),
 ]
+VerifyWeights = Annotated[
+    bool,
+    shared_option(
+        "--verify-weights", panel=flags.MODEL,
+        help="Resume only where every byte of the weights is the same, not a sample of them.",
+    ),
+]  # fmt: skip
 KvCacheMemory = Annotated[
     float | None,
     shared_option(

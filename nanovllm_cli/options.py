@@ -30,6 +30,7 @@ class GenerateOptions:
     revision: str | None = None
     tokenizer: str | None = None  # None: the model's
     offline: bool = False
+    verify_weights: bool = False  # every byte of them is part of the fingerprint
     engine: EngineConfig = field(default_factory=EngineConfig)
     prompt: PromptOptions = field(default_factory=PromptOptions)
     sampling: dict[str, Any] = field(default_factory=dict)  # over the model's defaults

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from nanovllm_cli import __version__
+from nanovllm_cli.core.checkpoint import check_checkpoint
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.device_shares import start_children
 from nanovllm_cli.core.engine_child import EngineChild
@@ -35,7 +36,7 @@ from .inputs import find_inputs
 from .job import Job
 from .log import Log
 from .metrics_file import MetricsFile
-from .models import default_sampling, resolve_model
+from .models import default_sampling, resolve_model, resolve_tokenizer
 from .options import GenerateOptions
 from .output import JobOutput, open_output
 from .output_paths import OutputPaths
@@ -136,9 +137,14 @@ def _generate(
             offline=options.offline,
             shows_progress=not options.quiet and options.log_format == "text",
         )
+        check_checkpoint(model, ModelConfig.from_directory(model))
         sampling = default_sampling(model) | options.sampling
         settings = fingerprint(
-            options, model=model, tokenizer=_tokenizer_path(options, model), sampling=sampling
+            options,
+            model=model,
+            tokenizer=_tokenizer_path(options, model),
+            sampling=sampling,
+            say=partial(progress.say, "note"),
         )
         _check_grammar(sampling.get("grammar"), model, _tokenizer_path(options, model))
         output = open_output(options, sources, settings)
@@ -235,7 +241,7 @@ def _run(
 def _tokenizer_path(options: GenerateOptions, model: Path) -> Path:
     if options.tokenizer is None:
         return model
-    return resolve_model(options.tokenizer, offline=options.offline)
+    return resolve_tokenizer(options.tokenizer, offline=options.offline)
 
 
 def _check_grammar(grammar: str | None, model: Path, tokenizer: Path) -> None:

@@ -9,6 +9,8 @@ from nanovllm_cli.core.errors import (
     GpuFailed,
     MemoryTooSmall,
     ModelError,
+    ModelFileMissing,
+    ModelUnreadable,
     NotConnected,
     UserError,
 )
@@ -71,6 +73,10 @@ def exit_code_of(error: BaseException) -> ExitCode:
         return ExitCode.PIPE_CLOSED
     if isinstance(error, CommandError):
         return error.exit_code
+    if isinstance(error, ModelFileMissing):
+        return ExitCode.NOT_FOUND
+    if isinstance(error, ModelUnreadable):
+        return ExitCode.IO_ERROR
     if isinstance(error, ModelError):
         return ExitCode.INPUT_UNUSABLE
     if isinstance(error, MemoryTooSmall | GpuFailed | NotConnected | EngineDied):

@@ -92,8 +92,8 @@ def _answer(handle: Callable[[dict[str, Any]], str], payload: bytes) -> tuple[Ki
     except RecursionError:
         return Kind.REFUSED, b"it is nested too deeply"
     except Exception as error:  # whatever a template raises is its row's error
-        text = (str(error) or type(error).__name__)[:_MAX_ERROR_CHARS]
-        return Kind.REFUSED, text.encode("utf-8", "surrogatepass")
+        reason = (str(error) or type(error).__name__)[:_MAX_ERROR_CHARS]
+        return Kind.REFUSED, reason.encode("utf-8", "surrogatepass")
 
 
 def _render(task: dict[str, Any]) -> str:

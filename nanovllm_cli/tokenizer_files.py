@@ -6,7 +6,6 @@ the names of the special tokens, and the chat templates. Only a checkpoint witho
 needs transformers, to convert it: in a child process that gets no input.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm_cli.core.errors import ModelError
-
-from .exit_code import CommandError, ExitCode
+from nanovllm_cli.core.model_files import read_file, read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 _CONVERTIBLE = ("vocab.json", "tokenizer.model", "vocab.txt", "spiece.model", "tiktoken.model")
@@ -43,9 +41,9 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, directory: Path) -> "TokenizerFiles":
-        """Raises ModelError for files that cannot be used, CommandError NOT_FOUND, IO_ERROR."""
+        """Raises ModelError for files that cannot be used."""
         path = tokenizer_directory(directory) / TOKENIZER_FILE
-        content = read_object(path)
+        content = read_json(path)
         config = _read_if_there(directory / "tokenizer_config.json")
         return cls(
             path=path,
@@ -54,31 +52,6 @@ class TokenizerFiles:
             special_tokens=_special_tokens(directory, config),
             chat_templates=_chat_templates(directory, config),
         )
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file of the checkpoint; raises ModelError if it is missing, CommandError if unreadable."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist", _WHOLE) from None
-    except OSError as error:
-        is_refused = isinstance(error, PermissionError)
-        raise CommandError(
-            f"cannot read {path}: {error.strerror or error}",
-            exit_code=ExitCode.NOT_FOUND if is_refused else ExitCode.IO_ERROR,
-        ) from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of the checkpoint; raises as `read_bytes`, and ModelError."""
-    try:
-        content = json.loads(read_bytes(path))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}", _WHOLE) from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} does not hold a JSON object", _WHOLE)
-    return content
 
 
 @lru_cache(maxsize=8)
@@ -128,7 +101,7 @@ def _not_converted(directory: Path, found: list[str], reason: str) -> ModelError
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _added_tokens(path: Path, content: dict[str, Any]) -> dict[str, int]:
@@ -199,6 +172,6 @@ def _chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return read_bytes(path).decode()
+        return read_file(path).decode()
     except UnicodeDecodeError as error:
         raise ModelError(f"{path} is not UTF-8 at byte {error.start}", _WHOLE) from None

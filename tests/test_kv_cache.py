@@ -7,12 +7,8 @@ import torch
 
 from nanovllm_cli.core.config import EngineConfig, ModelConfig, RopeConfig
 from nanovllm_cli.core.errors import MemoryTooSmall
-from nanovllm_cli.core.kv_cache import (
-    allocate_kv_caches,
-    block_bytes,
-    blocks_per_sequence,
-    num_kv_blocks,
-)
+from nanovllm_cli.core.kv_cache import allocate_kv_caches
+from nanovllm_cli.core.kv_sizes import block_bytes, blocks_per_sequence, num_kv_blocks
 from nanovllm_cli.core.resolved_config import ResolvedConfig, resolve
 
 SIZES = ModelConfig(

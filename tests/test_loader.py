@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanovllm_cli.core.checkpoint import weight_files
 from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.engine import build_model, load_model
 from nanovllm_cli.core.errors import ModelError
@@ -19,7 +20,6 @@ from nanovllm_cli.core.loader import (
     load_random_weights,
     load_weights,
     targets_of,
-    weight_files,
 )
 from nanovllm_cli.core.parallel import TensorParallel
 from nanovllm_cli.core.qwen3 import Qwen3

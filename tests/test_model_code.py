@@ -142,8 +142,10 @@ def test_a_mistake_and_a_finished_job_are_told_before_an_engine_starts(tmp_path:
     flags = ("--model", MODEL, "-o", tmp_path / "out.jsonl", "--max-tokens", "1")
     rows = [{"prompt": "Q: 3+4=\nA:"}] * 3
     source = write_rows(tmp_path / "in.jsonl", rows)
-    assert least_seconds("generate", tmp_path / "no.jsonl", *flags, code=66) < 0.5
+    # 0.5 s, and on a machine that is busy or slow a little more than it takes to show a help.
+    most = max(0.5, 3 * least_seconds("generate", "--help", code=0))
+    assert least_seconds("generate", tmp_path / "no.jsonl", *flags, code=66) < most
     unknown = ("--id-column", "no such column")
-    assert least_seconds("generate", source, *flags, *unknown, code=2) < 0.5
+    assert least_seconds("generate", source, *flags, *unknown, code=2) < most
     assert run("generate", source, *flags).code == 0
-    assert least_seconds("generate", source, *flags, code=0) < 0.5
+    assert least_seconds("generate", source, *flags, code=0) < most

@@ -275,10 +275,12 @@ def test_the_kv_cache_has_as_many_blocks_as_the_poorest_rank_can_hold(
     checkpoint: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, alike = answer(checkpoint, 2, [], max_num_seqs=4)
-    monkeypatch.setattr("nanovllm_cli.core.cpu_runner._kv_bytes", lambda *_: 1 << 40)
+    monkeypatch.setattr("nanovllm_cli.core.cpu_runner.cpu_kv_bytes", lambda *_: 1 << 40)
     _, rich_leader = answer(checkpoint, 2, [], max_num_seqs=4)
     assert rich_leader.num_blocks == alike.num_blocks
-    monkeypatch.setattr("nanovllm_cli.core.cpu_runner._kv_bytes", lambda *_: 3 * BLOCK_BYTES // 2)
+    monkeypatch.setattr(
+        "nanovllm_cli.core.cpu_runner.cpu_kv_bytes", lambda *_: 3 * BLOCK_BYTES // 2
+    )
     assert answer(checkpoint, 2, [], max_num_seqs=4)[1].num_blocks == 3
 
 
