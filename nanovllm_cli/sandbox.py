@@ -25,7 +25,7 @@ from .exit_code import CommandError, ExitCode
 from .sandbox_worker import Kind
 
 SECONDS = 5.0  # of processor time a task: a template takes a millisecond, a big schema a tenth
-NUM_BYTES = 2 << 30  # of address space
+NUM_BYTES = 1 << 30  # of address space
 MAX_OVER_LIMIT = 20  # tasks; so many of them have cost minutes, and the next ones would as well
 _SILENT_SECONDS = 60.0  # without an answer: stopped, or the machine is
 _WAIT_SECONDS = 0.5

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from enum import IntEnum
 from functools import lru_cache
@@ -53,6 +54,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     channel = Channel(socket.socket(fileno=socket_fd))
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # if the machine runs out of memory, this process goes first
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)  # nothing that runs here writes a file
     _limit(resource.RLIMIT_AS, num_bytes)
