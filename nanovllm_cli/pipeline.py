@@ -86,7 +86,9 @@ class EngineProcesses:
         self._children = start_children(self._num_engines, self._num_ranks_each)
 
     def load(self, path: Path, config: EngineConfig) -> EngineClient:
-        """Have them load the checkpoint in the directory `path`."""
+        """Have them load the checkpoint in the directory `path`; start them if nobody has yet."""
+        if not self._children:
+            self.start()
         if len(self._children) == 1:
             return EngineProcess(path, config, child=self._children[0])
         return EngineReplicas(
@@ -101,7 +103,7 @@ def generate(
     start: Callable[[], None] = lambda: None,
     signals: Signals | None = None,
 ) -> ExitCode:
-    """Run the job to its end; `start` is called once it is known that `load` will be.
+    """Run the job to its end; `start` is called as soon as it is all but sure that `load` will be.
 
     Raises UserError for what ends it as a whole, and Stopped.
     """
