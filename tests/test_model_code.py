@@ -18,7 +18,7 @@ from nanovllm_cli.core.errors import ModelError
 from nanovllm_cli.tokenizer import PromptTokenizer
 from nanovllm_cli.tokenizer_files import tokenizer_directory
 
-from .cli import MODEL, SAMPLE, environment, run, write_rows
+from .cli import MODEL, SAMPLE, environment, read_rows, run, write_rows
 
 CODE = """
 import pathlib
@@ -149,3 +149,29 @@ def test_a_mistake_and_a_finished_job_are_told_before_an_engine_starts(tmp_path:
     assert least_seconds("generate", source, *flags, *unknown, code=2) < most
     assert run("generate", source, *flags).code == 0
     assert least_seconds("generate", source, *flags, code=0) < most
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 'x' * 3000000000 }}", "needs too much memory"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes"),
+        ("{{ raise_exception('not these') }}", "not these"),
+    ],
+)
+def test_a_template_that_explodes_or_never_ends_is_an_error_of_its_rows(
+    template: str, reason: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    (model / "chat_template.jinja").write_text(template)
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    source = write_rows(tmp_path / "in.jsonl", [chat, {"prompt": "Q: 3+4=\nA:"}, chat])
+    output = tmp_path / "out.jsonl"
+    ended = run("generate", source, "-o", output, "--model", model, "--max-tokens", "4")
+    assert ended.code == 3, ended.stderr
+    assert len(read_rows(output)) == 1
+    errors = [row["error"] for row in read_rows(tmp_path / "out.jsonl.errors.jsonl")]
+    assert [error["code"] for error in errors] == ["template_error"] * 2
+    assert all(error["message"].startswith("the chat template failed: ") for error in errors)
+    assert all(reason in error["message"] for error in errors)
