@@ -1,5 +1,6 @@
 """How a command ends: the exit codes that scripts may rely on, and the error that carries one."""
 
+import errno
 from enum import IntEnum
 
 from nanovllm_cli.core.errors import UserError
@@ -39,3 +40,26 @@ class CommandError(UserError):
     ) -> None:
         super().__init__(message, hint)
         self.exit_code = exit_code
+
+
+_TOO_LITTLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+_OF_DISKS = (
+    *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.ENXIO),
+    *(errno.EBUSY, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENODEV, errno.ENOLCK),
+)
+_OF_NAMES = (
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+    errno.ENAMETOOLONG,
+)
+
+
+def code_of_os_error(error: OSError, *, is_read: bool = False) -> ExitCode | None:
+    """Return what a refusal of the system ends a command with; None for one that tells nothing.
+
+    is_read: a name that cannot be opened is then NOT_FOUND, and not IO_ERROR.
+    """
+    if error.errno in _TOO_LITTLE:
+        return ExitCode.UNAVAILABLE
+    if error.errno in _OF_NAMES:
+        return ExitCode.NOT_FOUND if is_read else ExitCode.IO_ERROR
+    return ExitCode.IO_ERROR if error.errno in _OF_DISKS else None

@@ -5,11 +5,12 @@ knows the job. They appear by renames: stats, errors, OUTPUT. Only then is the j
 that at every moment either the journal has all rows or the files have.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 import xxhash
@@ -17,9 +18,17 @@ import xxhash
 from nanovllm_cli import __version__
 
 from .exit_code import CommandError, ExitCode
-from .files import appearing, io_errors
+from .files import (
+    appearing,
+    check_own,
+    io_errors,
+    open_own,
+    printable_json,
+    read_own,
+    remove_own,
+)
 from .fingerprint import Fingerprint, check_same
-from .finished import JobRecord, content_of
+from .finished import JobRecord, content_of, content_of_open
 from .inputs import Source
 from .journal import Journal, Kind, NotAJournal
 from .options import GenerateOptions
@@ -56,16 +65,20 @@ class FileOutput:
         self._input = xxhash.xxh3_64()  # of the keys of all rows watched
         self._finished: JobRecord | None = None
 
-        record = JobRecord.read(self._stats_path)
+        for path in self._paths.all:
+            if path != self._path:  # which is read, and replaced; the others are written as well
+                check_own(path)
+        record = JobRecord.parse(read_own(self._stats_path))
         output, errors = self._own_contents(record)
+        if options.private and record is not None:
+            self._make_private(self._stats_path, is_own=True)
         self._replaced = [content for content in (output, errors) if content is not None]
         header = {"nanovllm_version": __version__, "fingerprint": fingerprint}
         journal_path = beside(self._path, "partial")
         if options.restart:
-            with io_errors(journal_path):
-                journal_path.unlink(missing_ok=True)
+            remove_own(journal_path)
         self.journal = Journal(journal_path, header, shard=options.shard, private=options.private)
-        if journal_path.exists():
+        if check_own(journal_path):
             check_same(_read_header(journal_path)["fingerprint"], fingerprint, of=journal_path)
             self.journal = Journal.recover(
                 journal_path, shard=options.shard, private=options.private
@@ -119,7 +132,7 @@ class FileOutput:
         self.journal.append(row.index, self._keys.pop(row.index), Kind.FAILED, line)
         if self._errors_path is None:
             with suppress(OSError):
-                sys.stderr.buffer.write(line + b"\n")
+                sys.stderr.buffer.write(printable_json(line) + b"\n")
                 sys.stderr.buffer.flush()
 
     def flush(self) -> None:
@@ -131,18 +144,21 @@ class FileOutput:
         check_num_rows(self._num_rows, self.journal.end_row, self.journal.path)
         assert self._is_complete, "a row is neither completed nor failed"
         private, errors = self._options.private, self._errors_path
+        check = self.journal.check_owner
         self.journal.sync()
-        with io_errors(self._path), appearing(self._path, private=private) as output:
+        check()
+        with io_errors(self._path), appearing(self._path, private=private, check=check) as output:
             columns = self._options.columns
             write_lines(output, self._path.name, self._completed, self._sources, columns)
             if errors is None or not self.journal.num_failed:
-                self._publish_stats(exit_code, stats, content_of(output), None)
+                self._publish_stats(exit_code, stats, _content_of(output), None)
                 if errors is not None:
-                    errors.unlink(missing_ok=True)
+                    remove_own(errors)
             else:
-                with appearing(errors, private=private) as failed:
+                with io_errors(errors), appearing(errors, private=private, check=check) as failed:
                     write_lines(failed, errors.name, self._failed, [], OutputColumns())
-                    self._publish_stats(exit_code, stats, content_of(output), content_of(failed))
+                    contents = _content_of(output), _content_of(failed)
+                    self._publish_stats(exit_code, stats, *contents)
         self.journal.remove()
 
     def close(self) -> None:
@@ -215,15 +231,26 @@ class FileOutput:
             replaced=self._replaced,
         )
         content = {**stats(), **record.as_dict()}
-        with appearing(self._stats_path, private=self._options.private) as temporary:
-            temporary.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+        private, check = self._options.private, self.journal.check_owner
+        with (
+            io_errors(self._stats_path),
+            appearing(self._stats_path, private=private, check=check) as file,
+        ):
+            file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+
+    @staticmethod
+    def _make_private(path: Path, *, is_own: bool) -> None:
+        """What an earlier run without --private has left is for its owner alone from now on."""
+        if is_own:
+            with io_errors(path):
+                os.close(open_own(path, os.O_RDONLY, private=True))
 
     def _own_contents(self, record: JobRecord | None) -> tuple[str | None, str | None]:
         """The contents of OUTPUT and of --errors; raises OUTPUT_EXISTS for a file not our own."""
         contents: list[str | None] = []
         for path in (self._path, self._errors_path):
             content = None
-            if path is not None and path.exists():
+            if path is not None and os.path.lexists(path):
                 content = content_of(path) if record is not None else "unknown"
             # An errors file beside OUTPUT goes with it, whosever it is.
             is_named = path in self._paths.named
@@ -234,16 +261,23 @@ class FileOutput:
                     "Name another file, or add --overwrite: it is replaced when the job is done.",
                     exit_code=ExitCode.OUTPUT_EXISTS,
                 )
+            if path is not None and content is not None and self._options.private:
+                self._make_private(path, is_own=is_own)
             contents.append(content)
         return contents[0], contents[1]
+
+
+def _content_of(file: BinaryIO) -> str:
+    file.flush()
+    return content_of_open(file.fileno())
 
 
 def _read_header(path: Path) -> dict[str, Any]:
     try:
         return Journal.read_header(path)
-    except (NotAJournal, IsADirectoryError):
+    except NotAJournal:
         raise CommandError(
-            f"{path} is no journal of this version of nanovllm, or its first line is damaged",
+            f"{path} is not a journal of this version of nanovllm, or its first line is damaged",
             "Move it away, or discard it with --restart.",
             exit_code=ExitCode.OUTPUT_EXISTS,
         ) from None

@@ -1,5 +1,6 @@
 """What a finished job left, as its stats file tells it: which rows, and which files are its own."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import orjson
 import xxhash
 
 from .exit_code import ExitCode
+from .files import io_errors, open_regular
 from .journal import Journal, Kind
-from .row_key import marks_of, rows_per_mark
+from .row_key import marks_of, num_marks
 from .row_ranges import RowNumbers, from_ranges, to_ranges
 
 _CHUNK_BYTES = 1 << 20
@@ -48,27 +50,28 @@ class JobRecord:
         )
 
     @classmethod
-    def read(cls, path: Path) -> "JobRecord | None":
-        """From a stats file; None where it is none, or of another version."""
+    def parse(cls, content: bytes | None) -> "JobRecord | None":
+        """From a stats file; None if there is none, or it is damaged, or of another version."""
+        if content is None:
+            return None
         try:
-            stats = orjson.loads(path.read_bytes())
-            resume = stats["resume"]
+            stats = orjson.loads(content)
+            rows, resume = stats["rows"], stats["resume"]
             record = cls(
                 exit_code=ExitCode(stats["exit_code"]),
                 fingerprint=stats["fingerprint"],
                 num_rows=resume["input_rows"],
                 input=resume["input"],
-                num_completed=stats["rows"]["completed"],
+                num_completed=rows["completed"],
                 completed_marks=resume["completed_marks"].split(),
                 failed_marks=resume["failed_marks"].split(),
-                failed_rows=from_ranges(resume["failed_rows"]),
+                failed_rows=from_ranges(resume["failed_rows"], most=resume["input_rows"]),
                 output=resume["output"],
                 errors=resume["errors"],
                 replaced=resume["replaced"],
             )
-            num_marks = -(-record.num_completed // rows_per_mark(record.num_completed))
-            return record if len(record.completed_marks) == num_marks else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return record if record._is_whole() else None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
             return None
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,6 +90,23 @@ class JobRecord:
             },
         }
 
+    def _is_whole(self) -> bool:
+        """Whether each part is of its kind, and they agree."""
+        num_failed = len(self.failed_rows)
+        counts, texts = (self.num_rows, self.num_completed), (self.output, self.errors)
+        return (
+            all(type(count) is int and count >= 0 for count in counts)
+            and isinstance(self.input, str)
+            and all(text is None or isinstance(text, str) for text in texts)
+            and isinstance(self.replaced, list)
+            and all(isinstance(text, str) for text in self.replaced)
+            and isinstance(self.fingerprint, dict)
+            and all(isinstance(value, str) for value in self.fingerprint.values())
+            and self.num_completed + num_failed <= self.num_rows
+            and len(self.completed_marks) == num_marks(self.num_completed)
+            and len(self.failed_marks) == num_marks(num_failed)
+        )
+
     def owns(self, content: str | None) -> bool:
         """Whether a file of that content was written by this job, or is what it replaces."""
         return content is not None and content in (self.output, self.errors, *self.replaced)
@@ -94,13 +114,22 @@ class JobRecord:
 
 def content_of(path: Path) -> str | None:
     """A file's size and hash; None where there is none."""
+    with io_errors(path, "read"):
+        try:
+            descriptor = open_regular(path)
+        except FileNotFoundError:
+            return None
+        try:
+            return content_of_open(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def content_of_open(descriptor: int) -> str:
+    """An open file's size and hash."""
     digest = xxhash.xxh3_128()
     num_bytes = 0
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                num_bytes += len(chunk)
-    except FileNotFoundError:
-        return None
+    while chunk := os.pread(descriptor, _CHUNK_BYTES, num_bytes):
+        digest.update(chunk)
+        num_bytes += len(chunk)
     return f"{num_bytes} bytes, xxh3 {digest.hexdigest()}"

@@ -4,10 +4,9 @@ A shard has every N-th row; which of them failed is in its stats file. So the ro
 input order without a look at the input, and the bytes are those of one run over all rows.
 """
 
-import sys
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ import orjson
 from nanovllm_cli import __version__
 
 from .exit_code import CommandError, ExitCode
-from .files import appearing, io_errors
+from .files import appearing, check_own, io_errors, remove_own
 from .fingerprint import differences
 from .inputs import Source, find_inputs
+from .log import Log
 from .output_columns import RESULT_COLUMNS, SCORE_COLUMNS, OutputColumns
-from .output_paths import beside
+from .output_paths import OutputPaths, beside
 from .resume import check_finished
 from .rows import read_rows
 from .shard import Shard
@@ -45,7 +45,10 @@ def merge(options: MergeOptions) -> ExitCode:
     """Write the output, its errors and its stats; raises CommandError for shards that differ."""
     output = Path(options.output)
     errors = beside(output, "errors.jsonl")
-    if output.exists() and not options.overwrite:
+    for path in OutputPaths.of(options.output).all:
+        if path != output:
+            check_own(path)
+    if os.path.lexists(output) and not options.overwrite:
         raise CommandError(
             f"{output} exists already",
             "Name another file, or add --overwrite.",
@@ -71,21 +74,20 @@ def merge(options: MergeOptions) -> ExitCode:
     with io_errors(output), appearing(output, private=private) as rows:
         write_lines(rows, output.name, completed, sources, columns)
         if num_failed:
-            with appearing(errors, private=private) as failures:
+            with io_errors(errors), appearing(errors, private=private) as failures:
                 write_lines(failures, errors.name, failed, [], OutputColumns())
         else:
-            errors.unlink(missing_ok=True)
-        with appearing(beside(output, "stats.json"), private=private) as stats:
+            remove_own(errors)
+        stats = beside(output, "stats.json")
+        with io_errors(stats), appearing(stats, private=private) as file:
             content = _stats(shards, exit_code)
-            stats.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+            file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
     if not options.quiet:
         num_rows = shards[0].record.num_rows
-        with suppress(OSError):
-            print(
-                f"{output}: {num_rows - num_failed} rows of {len(shards)} shards, "
-                f"{num_failed} failed",
-                file=sys.stderr,
-            )
+        Log().say(
+            "end",
+            f"{output}: {num_rows - num_failed} rows of {len(shards)} shards, {num_failed} failed",
+        )
     return exit_code
 
 

@@ -1,5 +1,7 @@
 """`nanovllm merge`: the outputs of all shards -> one output."""
 
+from pathlib import Path
+
 import typer
 
 from nanovllm_cli.core.errors import UserError
@@ -7,7 +9,7 @@ from nanovllm_cli.core.errors import UserError
 from . import flags
 from .exit_code import ExitCode
 from .lock import output_lock
-from .output_paths import OutputPaths
+from .output_paths import OutputPaths, beside, check_distinct
 from .run_job import run_job
 from .settings import option
 
@@ -46,9 +48,11 @@ def merge_command(
     """
 
     def job() -> ExitCode:
-        path = OutputPaths.of(output).output
+        paths = OutputPaths.of(output)
+        path = paths.output
         if path is None:
             raise UserError("merge writes a file, not standard output", "Name it with -o.")
+        check_distinct(paths, inputs=[file for name in shards for file in _files_of(name)])
         with output_lock(path, wait_seconds=wait_lock, private=private):
             from .merge import MergeOptions, merge
 
@@ -64,3 +68,7 @@ def merge_command(
             )
 
     raise typer.Exit(run_job(job, debug=debug))
+
+
+def _files_of(shard: str) -> list[Path]:
+    return [Path(shard), *(beside(Path(shard), what) for what in ("stats.json", "errors.jsonl"))]

@@ -11,7 +11,8 @@ from pathlib import Path
 from nanovllm_cli import __version__
 
 from .exit_code import CommandError, ExitCode
-from .files import appearing, as_text, io_errors
+from .files import appearing, io_errors, printable, read_own
+from .output_paths import check_publishable
 from .totals import Totals
 
 _MODE = 0o644  # collectors run as users of their own
@@ -29,11 +30,9 @@ class MetricsFile:
     def __init__(self, path: Path, labels: Mapping[str, str]) -> None:
         self.path = path
         self._labels = labels
-        if path.exists() and not path.is_file():
-            raise CommandError(f"--metrics-file {path} is no regular file", "Name another one.")
-        with io_errors(path):
-            content = path.read_bytes()[: len(_START)] if path.exists() else b""
-        if content not in (b"", _START):
+        check_publishable(path, flag="--metrics-file ")
+        content = read_own(path) or b""
+        if content[: len(_START)] not in (b"", _START):
             raise CommandError(
                 f"--metrics-file {path} exists already, and holds no metrics of this tool",
                 "Name another file.",
@@ -43,9 +42,9 @@ class MetricsFile:
     def write(self, totals: Totals, exit_code: ExitCode | None) -> None:
         """Replace the file; `exit_code` is None while the job runs. Raises CommandError."""
         text = self._exposition(totals, exit_code)
-        with io_errors(self.path), appearing(self.path, private=False) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-            os.chmod(temporary, _MODE)
+        with io_errors(self.path), appearing(self.path, private=False) as file:
+            os.fchmod(file.fileno(), _MODE)
+            file.write(text.encode())
 
     def _exposition(self, totals: Totals, exit_code: ExitCode | None) -> str:
         stats = totals.as_dict()
@@ -98,4 +97,6 @@ class MetricsFile:
 
 
 def _escaped(text: str) -> str:
-    return as_text(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    """A label's value; of what a terminal would obey, the format can say a newline alone."""
+    lines = [printable(line) for line in text.split("\n")]
+    return r"\n".join(line.replace("\\", r"\\").replace('"', r"\"") for line in lines)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .exit_code import CommandError, ExitCode
 from .file_output import FileOutput
-from .files import appearing, io_errors
+from .files import appearing, io_errors, printable_json, remove_own
 from .fingerprint import Fingerprint
 from .finished import JobRecord
 from .inputs import Source
@@ -51,15 +51,14 @@ class StreamOutput:
         self._stderr = StreamWriter(sys.stderr.buffer, is_ordered=False)
         self._errors_path = OutputPaths.of(options.output, options.errors).errors
         if self._errors_path is not None:
-            if self._errors_path.exists() and not options.overwrite:
+            if os.path.lexists(self._errors_path) and not options.overwrite:
                 raise CommandError(
                     f"{self._errors_path} exists already",
                     "Name another file, or add --overwrite: it is replaced when the job is done.",
                     exit_code=ExitCode.OUTPUT_EXISTS,
                 )
             partial = beside(self._errors_path, "partial")
-            with io_errors(partial):
-                partial.unlink(missing_ok=True)
+            remove_own(partial)
             self._errors = Journal(partial, {}, private=options.private)
 
     @property
@@ -89,7 +88,7 @@ class StreamOutput:
         self._rows.write(row.index // self._shard.count, None)
         line = error_line(row, format=self._format)
         if self._errors_path is None:
-            self._stderr.write(row.index, line)
+            self._stderr.write(row.index, printable_json(line))
         else:
             self._errors.append(row.index, 0, Kind.FAILED, line)
 
@@ -104,8 +103,9 @@ class StreamOutput:
         if path is not None:
             with io_errors(path):
                 if self._errors.num_failed:
-                    with appearing(path, private=self._private) as temporary:
-                        write_lines(temporary, path.name, self._failed, [], OutputColumns())
+                    check = self._errors.check_owner
+                    with appearing(path, private=self._private, check=check) as file:
+                        write_lines(file, path.name, self._failed, [], OutputColumns())
                     self._errors.remove()
                 else:
                     path.unlink(missing_ok=True)

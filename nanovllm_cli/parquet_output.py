@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 import pyarrow as pa
@@ -46,7 +46,9 @@ _MAX_FIELDS = 500  # of a struct; what has more is written as JSON text
 Lines = Callable[[], Iterator[tuple[int, bytes]]]  # (row number, line), the same each time
 
 
-def write_parquet(path: Path, lines: Lines, sources: list[Source], columns: OutputColumns) -> None:
+def write_parquet(
+    file: BinaryIO | Path, lines: Lines, sources: list[Source], columns: OutputColumns
+) -> None:
     """Write the rows of `lines`, (row index, JSON line) in input order; read two or three times."""
     inputs = _InputColumns(sources, columns)
     schema = _schema(lines, inputs.schema, columns)
@@ -54,7 +56,7 @@ def write_parquet(path: Path, lines: Lines, sources: list[Source], columns: Outp
     if schema is None:
         schema = _schema(lines, None, columns)
         assert schema is not None, "only columns of the inputs can be missing"
-    with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+    with pq.ParquetWriter(file, schema, write_page_checksum=True) as writer:
         for chunk in _chunks(lines):
             rows = [orjson.loads(line) for _, line in chunk]
             known = inputs.take([index for index, _ in chunk]) if are_known else None

@@ -6,6 +6,7 @@ would be worse than to stop.
 
 from array import array
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import xxhash
 
 from .exit_code import CommandError, ExitCode
+from .files import new_name
 from .finished import JobRecord
 from .journal import Journal, Kind
 from .row_key import low_half, marks_of, row_key, rows_per_mark
@@ -100,10 +102,8 @@ def reopen(
             f"JSON lines can. {_RESTART}",
             exit_code=ExitCode.CONFIG_MISMATCH,
         )
-    lines = read_lines(output)
-    temporary = journal_path.with_name(f".{journal_path.name}.reopened")
-    temporary.unlink(missing_ok=True)
-    journal = Journal(temporary, header, shard=shard, private=private)
+    lines = read_lines(output)  # those that `record` knows, by their hash
+    journal = Journal(new_name(journal_path), header, shard=shard, private=private)
     try:
         check_finished(
             record,
@@ -115,8 +115,9 @@ def reopen(
         )
         journal.rename(journal_path)
     except BaseException:
+        with suppress(CommandError):
+            journal.remove()
         journal.close()
-        journal.remove()
         raise
     return journal
 

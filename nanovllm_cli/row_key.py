@@ -36,6 +36,11 @@ def rows_per_mark(num_keys: int) -> int:
     return every
 
 
+def num_marks(num_keys: int) -> int:
+    """How many marks `marks_of` sets."""
+    return -(-num_keys // rows_per_mark(num_keys))
+
+
 def marks_of(keys: Keys) -> list[str]:
     """A running hash over low halves of keys: at most 64 marks, the last one over all of them.
 

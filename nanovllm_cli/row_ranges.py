@@ -17,8 +17,14 @@ def to_ranges(rows: RowNumbers) -> str:
     )
 
 
-def from_ranges(text: str) -> RowNumbers:
-    """The numbers again; raises ValueError."""
-    parts = [part.split("-") for part in text.split(",") if part]
-    ranges = [np.arange(int(part[0]), int(part[-1]) + 1, dtype=np.int64) for part in parts]
+def from_ranges(text: str, *, most: int | None = None) -> RowNumbers:
+    """The numbers again, each below `most`; raises ValueError."""
+    ranges = []
+    end = 0
+    for part in text.split(",") if text else []:
+        first, last = (part.split("-") * 2)[:2]
+        if int(first) < end or int(last) < int(first) or (most is not None and int(last) >= most):
+            raise ValueError(f"{part} is not a range above those before it")
+        end = int(last) + 1
+        ranges.append(np.arange(int(first), end, dtype=np.int64))
     return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)

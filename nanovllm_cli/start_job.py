@@ -3,12 +3,17 @@
 Imports nothing slow before the output's lock is held: whoever comes second is to hear it at once.
 """
 
+import glob
+import os
+from pathlib import Path
+
 from nanovllm_cli.core.errors import UserError
 
 from .exit_code import ExitCode
 from .inputs import find_inputs
 from .lock import output_locks
 from .options import GenerateOptions
+from .output_paths import OutputPaths, check_distinct, check_publishable
 from .signals import Signals
 
 
@@ -16,6 +21,7 @@ def start_job(
     options: GenerateOptions, signals: Signals, *, dry_run: bool, single_process: bool
 ) -> ExitCode:
     """Run the job to its end; raises UserError for what ends it as a whole, and Stopped."""
+    _check_files(options)
     if options.timeout is not None:
         signals.end_after(options.timeout)
     find_inputs(options.inputs)  # a name that is mistyped is told at once
@@ -36,3 +42,25 @@ def start_job(
         ranks = options.engine.tensor_parallel_size
         with EngineProcesses(options.data_parallel_size, ranks) as engines:
             return generate(options, load=engines.load, start=engines.start, signals=signals)
+
+
+def _check_files(options: GenerateOptions) -> None:
+    """Raise CommandError for names that cannot be written, and for one file under two names."""
+    paths = OutputPaths.of(options.output, options.errors)
+    metrics = None if options.metrics_file is None else Path(options.metrics_file)
+    if metrics is not None:
+        check_publishable(metrics, flag="--metrics-file ")
+    inputs = [
+        name
+        for argument in options.inputs
+        for name in ([argument] if os.path.exists(argument) else glob.glob(argument) or [argument])
+        if not os.path.isdir(name)  # of a directory, a job's own files are no inputs
+    ]
+    models = [Path(name) for name in (options.model, options.tokenizer or "") if name]
+    others = [
+        (f"a file of the model {directory}", file)
+        for directory in models
+        if directory.is_dir()
+        for file in directory.iterdir()
+    ]
+    check_distinct(paths, inputs=inputs, metrics=metrics, others=others)

@@ -20,22 +20,24 @@ _BUFFER_BYTES = 1 << 18
 
 
 def write_lines(
-    path: Path, name: str, lines: Lines, sources: list[Source], columns: OutputColumns
+    file: BinaryIO, name: str, lines: Lines, sources: list[Source], columns: OutputColumns
 ) -> None:
-    """Fill the file at `path` in the format of `name`'s extension; equal lines give equal bytes.
+    """Fill `file` in the format of `name`'s extension; equal lines give equal bytes.
 
     `sources` are where the rows came from: Parquet's columns keep the types that they had there.
     """
     if name.endswith(".parquet"):
         try:
-            write_parquet(path, lines, sources, columns)
+            write_parquet(file, lines, sources, columns)
+        except MemoryError:
+            raise  # Arrow's is one of its exceptions too, and not the disk's fault
         except pa.ArrowException as error:
             message = f"cannot write {name}: {error}"
             raise CommandError(message, exit_code=ExitCode.IO_ERROR) from None
         return
-    with _compressed(path, name) as file:
+    with _compressed(file, name) as packed:
         for _, line in lines():
-            file.write(line + b"\n")
+            packed.write(line + b"\n")
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
@@ -85,17 +87,35 @@ class StreamWriter:
 
 
 @contextmanager
-def _compressed(path: Path, name: str) -> Iterator[Any]:
-    """A file to write to; whoever leaves the block without an error has all of it in the file."""
-    with open(path, "wb", _BUFFER_BYTES) as file:
-        if name.endswith(".gz"):  # no name and no time in the header: equal rows give equal files
-            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
-                yield packed
-        elif name.endswith(".zst"):
-            with pa.CompressedOutputStream(file, "zstd") as packed:
-                yield packed
-        else:
-            yield file
+def _compressed(file: BinaryIO, name: str) -> Iterator[Any]:
+    """A file to write to; whoever leaves the block without an error has all of it in `file`."""
+    if name.endswith(".gz"):  # no name and no time in the header: equal rows give equal files
+        with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+            yield packed
+    elif name.endswith(".zst"):
+        with pa.CompressedOutputStream(_KeptOpen(file), "zstd") as packed:
+            yield packed
+    else:
+        yield file
+
+
+class _KeptOpen:
+    """A file that Arrow does not close with its stream: it is still to be synced."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        """Write all of it."""
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """Nothing: the whole file is flushed at once."""
+
+    def close(self) -> None:
+        """Nothing: whoever opened the file closes it."""
 
 
 def _decompressed(path: Path) -> BinaryIO:

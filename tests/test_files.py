@@ -19,7 +19,8 @@ def test_a_file_appears_where_its_block_ends_well(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     with appearing(path, private=False) as temporary:
-        temporary.write_text("new")
+        temporary.write(b"new")
+        temporary.flush()
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
@@ -27,7 +28,7 @@ def test_a_file_appears_where_its_block_ends_well(tmp_path: Path) -> None:
 
 def fail_while_writing(path: Path) -> None:
     with appearing(path, private=False) as temporary:
-        temporary.write_text("half")
+        temporary.write(b"half")
         raise ZeroDivisionError
 
 
@@ -88,7 +89,7 @@ def test_a_writer_that_syncs_in_no_order_is_found_out(
     habit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = JobFolder(tmp_path / "job", mixed_rows(30))
-    monkeypatch.setattr(files, habit, lambda path: None)
+    monkeypatch.setattr(files, habit, lambda file: None)
     disk = Disk(monkeypatch)
     folder.run()
     assert disk.faults

@@ -39,7 +39,7 @@ RUNS: dict[str, tuple[Any, ...]] = {
     "random": ("random", 300, 200),
     "calls": ("calls", 40, 0),
     "full": ("full", 60, 64),
-    "no_cut": ("calls", 24, 0, "no_cut"),
+    "no_crc": ("calls", 24, 0, "no_crc"),
     "no_rename": ("calls", 24, 0, "no_rename"),
 }
 Findings = Callable[[str], dict[str, int]]
@@ -83,7 +83,7 @@ def test_a_full_disk_is_74_at_64_sizes_and_what_was_written_is_not_run_again(
 
 
 @pytest.mark.parametrize(
-    ("mutant", "fault"), [("no_cut", "differing"), ("no_rename", "half_visible")]
+    ("mutant", "fault"), [("no_crc", "failed_runs"), ("no_rename", "half_visible")]
 )
 def test_a_writer_without_one_of_its_habits_is_found_out(
     mutant: str, fault: str, findings: Findings

@@ -118,7 +118,13 @@ def test_an_error_that_ends_a_job_is_its_exit_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("in.jsonl", 73), ("out.jsonl", 2), ("out.jsonl.errors.jsonl", 2), ("folder", 2)],
+    [
+        ("in.jsonl", 2),
+        ("old.txt", 73),
+        ("out.jsonl", 2),
+        ("out.jsonl.errors.jsonl", 2),
+        ("folder", 2),
+    ],
 )
 def test_a_file_that_holds_anything_else_is_not_replaced(
     name: str, code: int, tmp_path: Path
@@ -126,11 +132,13 @@ def test_a_file_that_holds_anything_else_is_not_replaced(
     rows = write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}])
     before = rows.read_bytes()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "old.txt").write_text("precious")
     ended = generate(rows, "-o", tmp_path / "out.jsonl", "--metrics-file", tmp_path / name)
     assert (ended.code, ended.stdout) == (code, b"")
     assert "--metrics-file" in ended.stderr
     assert rows.read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "folder"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "folder", "old.txt"}
+    assert (tmp_path / "old.txt").read_text() == "precious"
 
 
 def test_a_folder_that_is_not_there_is_told_before_the_model_loads(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ def line_of(index: int) -> bytes:
 
 
 def write(path: Path, lines: list[bytes], *, name: str | None = None) -> None:
-    write_lines(path, name or path.name, lambda: iter(enumerate(lines)), STDIN, OutputColumns())
+    with open(path, "wb") as file:
+        named = name or path.name
+        write_lines(file, named, lambda: iter(enumerate(lines)), STDIN, OutputColumns())
 
 
 def content_of(path: Path) -> bytes:
