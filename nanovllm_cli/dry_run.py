@@ -24,7 +24,7 @@ from .rows import BadRow, check_inputs, read_rows
 
 def dry_run(options: GenerateOptions) -> ExitCode:
     """Report on stderr; the exit code is the one the job's bad rows would give."""
-    sources = find_inputs(options.inputs)
+    sources = find_inputs(options.inputs, outputs=options.files_written)
     check_inputs(sources, limit=options.limit)
     rows = read_rows(sources, limit=options.limit)
     rows = try_first_rows(rows, options.prompt, options.columns)

@@ -55,7 +55,7 @@ def merge(options: MergeOptions) -> ExitCode:
     besides = {beside(Path(name), "errors.jsonl") for name in options.shards}
     named = [path for path in map(Path, dict.fromkeys(options.shards)) if path not in besides]
     shards = _in_order([ShardFile.open(path) for path in named])
-    sources = _sources(shards) if output.suffix == ".parquet" else []
+    sources = _sources(shards, output) if output.suffix == ".parquet" else []
     columns = _columns(shards[0])
     num_failed = sum(len(file.record.failed_rows) for file in shards)
     are_wrong = num_failed > 0 and not options.allow_errors
@@ -147,9 +147,10 @@ def _columns(shard: ShardFile) -> OutputColumns:
     return OutputColumns(results=results, chosen=tuple(shard.stats["output_columns"]))
 
 
-def _sources(shards: list[ShardFile]) -> list[Source]:
+def _sources(shards: list[ShardFile], output: Path) -> list[Source]:
     """The inputs, from which Parquet takes its types; raises CommandError if they changed."""
-    sources = find_inputs(shards[0].stats["inputs"])
+    outputs = [str(output), *(str(file.path) for file in shards)]
+    sources = find_inputs(shards[0].stats["inputs"], outputs=outputs)
     if not any(source.is_stream for source in sources):
         for file in shards:
             rows = read_rows(sources, limit=file.record.num_rows)

@@ -132,6 +132,11 @@ class GenerateOptions:
             raise UserError(f"--{error}".replace("_", "-")) from None
 
     @property
+    def files_written(self) -> tuple[str | None, ...]:
+        """The names of the job's outputs, which are no inputs though a directory holds them."""
+        return self.output, self.errors, self.metrics_file
+
+    @property
     def columns(self) -> OutputColumns:
         """What a row of the output holds."""
         results = SCORE_COLUMNS if self.prompt.is_score else RESULT_COLUMNS

@@ -21,7 +21,7 @@ def parquet_batches(file: InputFile) -> Iterator[Any]:
     place = "its footer"
     try:
         with (
-            pa.OSFile(str(file.source.path)) as handle,
+            pa.OSFile(file.system_path) as handle,
             pq.ParquetFile(
                 handle, page_checksum_verification=True, pre_buffer=False, buffer_size=_BUFFER_BYTES
             ) as parquet,

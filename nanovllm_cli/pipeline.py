@@ -87,7 +87,7 @@ def _generate(
     signals: Signals,
 ) -> ExitCode:
     with totals.phase("check"):
-        sources = find_inputs(options.inputs)
+        sources = find_inputs(options.inputs, outputs=options.files_written)
         num_rows = check_inputs(sources, limit=options.limit)
         rows = read_rows(sources, limit=options.limit)
         rows = try_first_rows(rows, options.prompt, options.columns)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import chain, count
 from typing import Any
 
 import orjson
@@ -75,12 +75,19 @@ def check_inputs(sources: Iterable[Source], *, limit: int | None = None) -> int 
         if source.is_stream:
             has_stream = True
             continue
+        if num_rows == limit:
+            continue
         with opened(source) as file:
+            num_read, is_whole = 0, True
             for num_new_rows in _row_counts(file):
-                num_rows += num_new_rows
-                if limit is not None and num_rows >= limit:
-                    num_rows = limit
+                num_read += num_new_rows
+                if limit is not None and num_rows + num_read >= limit:
+                    num_read, is_whole = limit - num_rows, False
                     break
+            file.check_unchanged(num_read if is_whole else None)
+        if is_whole:
+            source.first_look.num_rows = num_read
+        num_rows += num_read
     return None if has_stream else num_rows
 
 
@@ -96,15 +103,23 @@ def read_rows(sources: Iterable[Source], *, limit: int | None = None) -> Iterato
 
     Raises CommandError: INPUT_UNUSABLE for damaged content, IO_ERROR where reading fails.
     """
-    return islice(_read_all(sources), limit)
-
-
-def _read_all(sources: Iterable[Source]) -> Iterator[Row | BadRow]:
     index = count()
+    num_left = limit
     for source in sources:
+        if num_left == 0:
+            return
         with opened(source) as file:
             rows = _parquet_rows if file.format == "parquet" else _json_rows
-            yield from rows(file, index)
+            num_read = 0
+            for row in rows(file, index):
+                yield row
+                num_read += 1
+                if num_read == num_left:
+                    file.check_unchanged()
+                    return
+            file.check_unchanged(num_read)
+            if num_left is not None:
+                num_left -= num_read
 
 
 def _json_rows(file: InputFile, index: Iterator[int]) -> Iterator[Row | BadRow]:
