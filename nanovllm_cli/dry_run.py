@@ -17,6 +17,7 @@ from .inputs import find_inputs
 from .models import default_sampling, resolve_model
 from .options import GenerateOptions
 from .pipeline import load_tokenizer
+from .prompt_limit import max_text_bytes
 from .refusal import Refused
 from .row_plan import RowPlan, RowPlanner
 from .rows import BadRow, check_inputs, read_rows
@@ -36,8 +37,12 @@ def dry_run(options: GenerateOptions) -> ExitCode:
 
     errors: Counter[str] = Counter()
     num_rows = num_prompt_tokens = num_completion_tokens = longest_prompt = longest = 0
+    tokenizer_path = path
+    if options.tokenizer is not None:
+        tokenizer_path = resolve_model(options.tokenizer, offline=options.offline)
+    most = max_text_bytes(options, path, tokenizer_path)
     for chunk in to_prompts(rows, options.prompt):
-        for fed in tokenize(chunk, tokenizer):
+        for fed in tokenize(chunk, tokenizer, most):
             if isinstance(fed, BadRow):
                 errors[fed.code] += 1
                 continue

@@ -18,7 +18,7 @@ from nanovllm_cli import __version__
 
 from .exit_code import CommandError, ExitCode
 from .files import appearing, io_errors
-from .fingerprint import Fingerprint, check_same
+from .fingerprint import Fingerprint, as_metadata, check_same
 from .finished import JobRecord, content_of
 from .inputs import Source
 from .journal import Journal, Kind, NotAJournal
@@ -134,7 +134,8 @@ class FileOutput:
         self.journal.sync()
         with io_errors(self._path), appearing(self._path, private=private) as output:
             columns = self._options.columns
-            write_lines(output, self._path.name, self._completed, self._sources, columns)
+            metadata = as_metadata(self.journal.header["fingerprint"])
+            write_lines(output, self._path.name, self._completed, self._sources, columns, metadata)
             if errors is None or not self.journal.num_failed:
                 self._publish_stats(exit_code, stats, content_of(output), None)
                 if errors is not None:

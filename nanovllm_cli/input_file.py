@@ -143,6 +143,9 @@ def format_of(head: bytes, name: str) -> Format:
     for magic, what in _FOREIGN_MAGIC.items():
         if head.startswith(magic):
             hint = "Inputs are JSON lines in UTF-8, plain or as .gz or .zst, or Parquet."
+            if what == "a zip archive" and name.lower().endswith((".xlsx", ".ods")):
+                what = "a spreadsheet"
+                hint = f"Save it as CSV, and make JSON lines of that. {hint}"
             raise unusable(f"{name} is {what}", hint)
     return next((form for magic, form in _MAGIC.items() if head.startswith(magic)), "json")
 

@@ -13,9 +13,7 @@ from .exit_code import CommandError, ExitCode
 from .input_identity import FirstLook
 
 # A name may hold a newline.
-_INPUT_NAME = re.compile(
-    r".*\.(jsonl|ndjson|json|parquet)(\.gz|\.zst)?", re.IGNORECASE | re.DOTALL
-)
+_INPUT_NAME = re.compile(r".*\.(jsonl|ndjson|json|parquet)(\.gz|\.zst)?", re.IGNORECASE | re.DOTALL)
 # What lies beside an output, and what a killed job has left there.
 _SIDE_FILE_NAME = re.compile(
     r".*\.(errors\.jsonl|stats\.json|partial|lock)|\.nanovllm-.*|\..*\.tmp", re.DOTALL
@@ -117,7 +115,9 @@ def _paths_of(argument: str, own: _OwnFiles) -> list[str]:
         similar = difflib.get_close_matches(name, glob.glob("*", root_dir=directory), n=1)
         if similar:
             hint = f"Did you mean {os.path.join(directory, similar[0])}?"
-        elif _HUB_NAME.fullmatch(argument) and not _is_input(name) and not os.path.exists(directory):
+        elif (
+            _HUB_NAME.fullmatch(argument) and not _is_input(name) and not os.path.exists(directory)
+        ):
             dataset = argument.removeprefix("datasets/")
             hint = (
                 "If it is a data set of Hugging Face, download it first: hf download --repo-type "

@@ -18,7 +18,7 @@ from nanovllm_cli import __version__
 
 from .exit_code import CommandError, ExitCode
 from .files import appearing, io_errors
-from .fingerprint import differences
+from .fingerprint import Fingerprint, as_metadata, differences
 from .inputs import Source, find_inputs
 from .output_columns import RESULT_COLUMNS, SCORE_COLUMNS, OutputColumns
 from .output_paths import beside
@@ -69,7 +69,8 @@ def merge(options: MergeOptions) -> ExitCode:
 
     private = options.private
     with io_errors(output), appearing(output, private=private) as rows:
-        write_lines(rows, output.name, completed, sources, columns)
+        metadata = as_metadata(_fingerprint(shards))
+        write_lines(rows, output.name, completed, sources, columns, metadata)
         if num_failed:
             with appearing(errors, private=private) as failures:
                 write_lines(failures, errors.name, failed, [], OutputColumns())
@@ -191,8 +192,13 @@ def _stats(shards: list[ShardFile], exit_code: ExitCode) -> dict[str, Any]:
             }
             for file in shards
         },
-        "fingerprint": first.record.fingerprint | {"shard": str(Shard())},
+        "fingerprint": _fingerprint(shards),
     }
+
+
+def _fingerprint(shards: list[ShardFile]) -> Fingerprint:
+    """That of the job that was not sharded."""
+    return shards[0].record.fingerprint | {"shard": str(Shard())}
 
 
 def _unusable(message: str) -> CommandError:

@@ -14,6 +14,7 @@ from .setting_values import MAX_SAMPLES, is_bad_words
 from .shard import Shard
 
 DEFAULT_MODEL = "Qwen3-0.6B"
+_BYTES_IN_FLIGHT = 256 << 20  # for each engine
 _MAX_TIMEOUT = 100_000_000  # seconds: three years
 
 
@@ -152,3 +153,8 @@ class GenerateOptions:
         """
         in_each = 4 * (self.engine.max_num_seqs or 1024)
         return self.max_inflight or self.data_parallel_size * in_each
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes of rows after which no further row is taken before another one is done."""
+        return self.data_parallel_size * _BYTES_IN_FLIGHT

@@ -37,6 +37,7 @@ class BadRow:
     code: str
     message: str
     is_openai_line: bool = False
+    known_as: str | None = None  # the message by which a journal knows the row, if it is another
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen, which takes thrice the time, for every row
@@ -48,6 +49,7 @@ class Row:
     line: int  # from 1; in a Parquet file the row
     raw: bytes | None  # the JSON without its line break; None for Parquet
     columns: dict[str, Any]
+    num_bytes: int = 0  # about how many it holds
 
     def failed(
         self, row_id: str | int | None, code: str, message: str, *, is_openai_line: bool = False
@@ -95,7 +97,7 @@ def _row_counts(file: InputFile) -> Iterator[int]:
     """The number of rows in each block of lines, or in each batch of Parquet rows."""
     if file.format == "parquet":
         return (batch.num_rows for batch in parquet_batches(file))
-    return (sum(map(bool, map(bytes.strip, lines))) for lines in line_blocks(file))
+    return (sum(map(bool, map(bytes.strip, lines))) for _, lines in line_blocks(file))
 
 
 def read_rows(sources: Iterable[Source], *, limit: int | None = None) -> Iterator[Row | BadRow]:
@@ -124,13 +126,20 @@ def read_rows(sources: Iterable[Source], *, limit: int | None = None) -> Iterato
 
 def _json_rows(file: InputFile, index: Iterator[int]) -> Iterator[Row | BadRow]:
     name = file.source.name
-    lines = chain.from_iterable(line_blocks(file))
-    for number, line in enumerate(lines, 1):
+    numbered = (enumerate(lines, first) for first, lines in line_blocks(file))
+    for number, line in chain.from_iterable(numbered):
         try:
             columns = orjson.loads(line) if len(line) <= MAX_LINE_BYTES else None
             if isinstance(columns, dict) and not _is_too_deep(line, columns):
                 raw = line.removesuffix(b"\r")
-                yield Row(index=next(index), source=name, line=number, raw=raw, columns=columns)
+                yield Row(
+                    index=next(index),
+                    source=name,
+                    line=number,
+                    raw=raw,
+                    columns=columns,
+                    num_bytes=len(raw),
+                )
                 continue
             if len(line) > MAX_LINE_BYTES:
                 code, message = "line_too_long", f"the line has more than {MAX_LINE_BYTES} bytes"
@@ -144,9 +153,28 @@ def _json_rows(file: InputFile, index: Iterator[int]) -> Iterator[Row | BadRow]:
                 continue
             code = "invalid_json"
             message = f"not valid JSON at line {number} column {error.colno}: {error.msg}"
+            known_as, message = message, _not_utf8(line) or message
+        else:
+            known_as = message
         yield BadRow(
-            index=next(index), source=name, line=number, id=_id_in(line), code=code, message=message
+            index=next(index),
+            source=name,
+            line=number,
+            id=_id_in(line),
+            code=code,
+            message=message,
+            known_as=known_as,
         )
+
+
+def _not_utf8(line: bytes) -> str | None:
+    """What is wrong with a line that is not UTF-8; None for another fault."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        value = line[error.start]
+        return f"not UTF-8 at byte {error.start + 1} of the line, which is 0x{value:02x}"
+    return None
 
 
 def _is_too_deep(line: bytes, columns: dict[str, Any]) -> bool:
@@ -171,9 +199,16 @@ def _id_in(line: bytes) -> str | int | None:
 def _parquet_rows(file: InputFile, index: Iterator[int]) -> Iterator[Row | BadRow]:
     name = file.source.name
     rows = chain.from_iterable(map(rows_of, parquet_batches(file)))
-    for line, row in enumerate(rows, 1):
+    for line, (row, num_bytes) in enumerate(rows, 1):
         if isinstance(row, dict):
-            yield Row(index=next(index), source=name, line=line, raw=None, columns=row)
+            yield Row(
+                index=next(index),
+                source=name,
+                line=line,
+                raw=None,
+                columns=row,
+                num_bytes=num_bytes,
+            )
         else:
             text = f"a value cannot be read: {row}"
             yield BadRow(

@@ -27,7 +27,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_schema(value: Any) -> bool:
-    return isinstance(value, dict | str)
+    return isinstance(value, dict | str | bool)
 
 
 def _is_text(value: Any) -> bool:
@@ -189,8 +189,9 @@ def _compiled(kind: Kind, text: str) -> str:
             # As json.dumps lays it out: where any whitespace may come, some models go on with
             # nothing else, and little of the text is forced. A schema's own "x-guidance" says
             # otherwise.
+            # `true` allows everything, which an object says with room for the defaults.
             grammar = LLMatcher.grammar_from_json_schema(
-                text,
+                "{}" if text.strip() == "true" else text,
                 defaults={
                     "whitespace_flexible": False,
                     "item_separator": ", ",

@@ -3,7 +3,7 @@
 import gzip
 import heapq
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,15 +20,21 @@ _BUFFER_BYTES = 1 << 18
 
 
 def write_lines(
-    path: Path, name: str, lines: Lines, sources: list[Source], columns: OutputColumns
+    path: Path,
+    name: str,
+    lines: Lines,
+    sources: list[Source],
+    columns: OutputColumns,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Fill the file at `path` in the format of `name`'s extension; equal lines give equal bytes.
 
     `sources` are where the rows came from: Parquet's columns keep the types that they had there.
+    A Parquet file has `metadata` as well.
     """
     if name.endswith(".parquet"):
         try:
-            write_parquet(path, lines, sources, columns)
+            write_parquet(path, lines, sources, columns, metadata)
         except pa.ArrowException as error:
             message = f"cannot write {name}: {error}"
             raise CommandError(message, exit_code=ExitCode.IO_ERROR) from None

@@ -57,9 +57,7 @@ CONTENTS = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", CONTENTS)
 @pytest.mark.parametrize("when", ["after the check", "at the first row", "at the last row"])
-def test_a_change_is_an_error_that_says_what_has_changed(
-    name: str, change: str, when: str
-) -> None:
+def test_a_change_is_an_error_that_says_what_has_changed(name: str, change: str, when: str) -> None:
     path = Path(name)
     path.write_bytes(CONTENTS[name])
     make, expected = CHANGES[change]
