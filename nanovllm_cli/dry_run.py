@@ -26,6 +26,7 @@ from .inputs import find_inputs
 from .models import default_sampling, resolve_model, resolve_tokenizer
 from .options import GenerateOptions
 from .pipeline import load_tokenizer
+from .prompt_limit import max_text_bytes
 from .refusal import Refused
 from .row_plan import RowPlan, RowPlanner
 from .rows import BadRow, check_inputs, read_rows
@@ -34,7 +35,7 @@ from .tokenizer_files import tokenizer_directory
 
 def dry_run(options: GenerateOptions) -> ExitCode:
     """Report on stderr; the exit code is the one the job's bad rows would give."""
-    sources = find_inputs(options.inputs)
+    sources = find_inputs(options.inputs, outputs=options.files_written)
     check_inputs(sources, limit=options.limit)
     rows = read_rows(sources, limit=options.limit)
     rows = try_first_rows(rows, options.prompt, options.columns)
@@ -52,8 +53,12 @@ def dry_run(options: GenerateOptions) -> ExitCode:
 
     errors: Counter[str] = Counter()
     num_rows = num_prompt_tokens = num_completion_tokens = longest_prompt = longest = 0
+    tokenizer_path = path
+    if options.tokenizer is not None:
+        tokenizer_path = resolve_model(options.tokenizer, offline=options.offline)
+    most = max_text_bytes(options, path, tokenizer_path)
     for chunk in to_prompts(rows, options.prompt):
-        for fed in tokenize(chunk, tokenizer):
+        for fed in tokenize(chunk, tokenizer, most):
             if isinstance(fed, BadRow):
                 errors[fed.code] += 1
                 continue

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from .id_set import IdSet
 from .prompt_options import PromptOptions
@@ -18,6 +17,7 @@ from .score_prompt import tokens_to_score
 from .tokenizer import PromptTokenizer, TemplateError
 
 _ROWS_AT_ONCE = 256
+_BYTES_AT_ONCE = 1 << 20  # of rows; their tokens take a few times as many
 _WAIT_SECONDS = 0.2
 _CLOSE_SECONDS = 1.0
 
@@ -40,7 +40,7 @@ def to_prompts(
 ) -> Iterator[list[Prompt | BadRow]]:
     """Parse rows in chunks; an id that came before makes a bad row of the later one."""
     ids = IdSet()
-    while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+    for chunk in _chunks(rows):
         prompts = [to_prompt(row, options) if isinstance(row, Row) else row for row in chunk]
         known = ids.add([p.id if isinstance(p, Prompt) else None for p in prompts])
         yield [
@@ -51,8 +51,34 @@ def to_prompts(
         ]
 
 
-def tokenize(chunk: list[Prompt | BadRow], tokenizer: PromptTokenizer) -> list[Fed]:
-    """A chunk's prompts with their token ids; bad rows stay as they are."""
+def _chunks(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
+    """A bounded number of rows at a time, of large ones fewer."""
+    chunk: list[Row | BadRow] = []
+    num_bytes = 0
+    for row in rows:
+        chunk.append(row)
+        num_bytes += row.num_bytes if isinstance(row, Row) else 0
+        if len(chunk) == _ROWS_AT_ONCE or num_bytes >= _BYTES_AT_ONCE:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def tokenize(
+    chunk: list[Prompt | BadRow], tokenizer: PromptTokenizer, max_text_bytes: int | None = None
+) -> list[Fed]:
+    """A chunk's prompts with their token ids; bad rows stay as they are.
+
+    A text of more than `max_text_bytes` is too long for the model, and is not tokenized.
+    """
+    if max_text_bytes is not None:
+        chunk = [
+            _too_long(prompt, max_text_bytes)
+            if isinstance(prompt, Prompt) and _is_too_long(prompt, max_text_bytes)
+            else prompt
+            for prompt in chunk
+        ]
     prompts = [p for p in chunk if isinstance(p, Prompt)]
     encoded = iter(tokenizer.encode(prompts))
     contexts = iter(tokenizer.num_context_tokens(prompts))
@@ -70,6 +96,24 @@ def tokenize(chunk: list[Prompt | BadRow], tokenizer: PromptTokenizer) -> list[F
             others = _others_of(prompt, tokenizer) if prompt.others else ()
             fed.append(TokenizedPrompt(prompt=prompt, token_ids=token_ids, others=others))
     return fed
+
+
+def _is_too_long(prompt: Prompt, max_text_bytes: int) -> bool:
+    text = prompt.text
+    if text is None or prompt.settings.truncate_prompt_tokens is not None:
+        return False
+    if 4 * len(text) <= max_text_bytes:  # of a character are at most 4 bytes
+        return False
+    return len(text) > max_text_bytes or len(text.encode()) > max_text_bytes
+
+
+def _too_long(prompt: Prompt, max_text_bytes: int) -> BadRow:
+    return bad_row(
+        prompt,
+        "prompt_too_long",
+        f"the prompt has more than {max_text_bytes} bytes, and is longer than the model's limit "
+        "in whatever tokens",
+    )
 
 
 def _others_of(prompt: Prompt, tokenizer: PromptTokenizer) -> list[TokenizedPrompt]:
@@ -107,6 +151,8 @@ class Feeder:
         prompts: Iterator[list[Prompt | BadRow]],
         tokenizer: PromptTokenizer,
         max_ahead: int,
+        *,
+        max_text_bytes: int | None = None,
     ) -> None:
         chunks_ahead = max(1, max_ahead // _ROWS_AT_ONCE)
         self._queue: queue.Queue[list[Fed] | BaseException | None] = queue.Queue(chunks_ahead)
@@ -114,7 +160,7 @@ class Feeder:
         self._is_done = False
         self._is_closed = threading.Event()
         self._thread = threading.Thread(
-            target=self._run, args=(prompts, tokenizer), name="feeder", daemon=True
+            target=self._run, args=(prompts, tokenizer, max_text_bytes), name="feeder", daemon=True
         )
         self._thread.start()
 
@@ -150,10 +196,15 @@ class Feeder:
         if self._thread.is_alive() and isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.detach()  # or Python, at its end, aborts over the lock that the thread holds
 
-    def _run(self, prompts: Iterator[list[Prompt | BadRow]], tokenizer: PromptTokenizer) -> None:
+    def _run(
+        self,
+        prompts: Iterator[list[Prompt | BadRow]],
+        tokenizer: PromptTokenizer,
+        max_text_bytes: int | None,
+    ) -> None:
         try:
             for chunk in prompts:
-                self._queue.put(tokenize(chunk, tokenizer))
+                self._queue.put(tokenize(chunk, tokenizer, max_text_bytes))
                 if self._is_closed.is_set():
                     return
             self._queue.put(None)

@@ -27,7 +27,7 @@ from .files import (
     read_own,
     remove_own,
 )
-from .fingerprint import Fingerprint, check_same
+from .fingerprint import Fingerprint, as_metadata, check_same
 from .finished import JobRecord, content_of, content_of_open
 from .inputs import Source
 from .journal import Journal, Kind, NotAJournal
@@ -149,7 +149,8 @@ class FileOutput:
         check()
         with io_errors(self._path), appearing(self._path, private=private, check=check) as output:
             columns = self._options.columns
-            write_lines(output, self._path.name, self._completed, self._sources, columns)
+            metadata = as_metadata(self.journal.header["fingerprint"])
+            write_lines(output, self._path.name, self._completed, self._sources, columns, metadata)
             if errors is None or not self.journal.num_failed:
                 self._publish_stats(exit_code, stats, _content_of(output), None)
                 if errors is not None:

@@ -81,6 +81,11 @@ def fingerprint(
     return named | hashes | weights_fingerprint(model, is_whole=options.verify_weights, say=say)
 
 
+def as_metadata(fingerprint: Fingerprint) -> dict[str, str]:
+    """What a Parquet output says of the run that has made it."""
+    return {"nanovllm.fingerprint": orjson.dumps(fingerprint).decode()}
+
+
 def differences(old: Fingerprint, new: Fingerprint) -> str:
     """Every name whose value differs, with both values; empty where none does.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from .exit_code import CommandError, ExitCode
+from .foreign_input import foreign_input
 from .openai_line import is_openai_line
 from .output_columns import OutputColumns
 from .prompt_options import PromptOptions
@@ -19,6 +20,8 @@ _ROWS_TRIED = 100
 _DEFAULT_NAMES = {
     f"--{name}-column": name for name in ("prompt", "messages", "context", "continuation")
 }
+# Columns that often hold what is to be completed.
+_TEXTS = ("text", "instruction", "question", "query", "input", "content", "prompt_text")
 _NO_ROW = ("invalid_json", "not_an_object")  # the codes of lines that are not JSON lines at all
 
 
@@ -49,10 +52,18 @@ def try_first_rows(
                 "A row needs a context and a continuation, a prompt, messages or "
                 "prompt_token_ids; --context-column and --continuation-column name others."
             )
+        elif text := next((name for name in _columns_of(good) if name in _TEXTS), None):
+            need = f"If {shown(text)} is the prompt, add -p '{{{text}}}'. {need}"
         if all(row.code in _NO_ROW for row in bad):
             need = (
                 "Inputs are Parquet, or one JSON object a line: jq -c '.[]' makes them of a list."
             )
+            foreign = foreign_input(bad[0].source)
+            if foreign is not None:
+                need = (
+                    f"Inputs are Parquet, or one JSON object a line, and this seems to be "
+                    f"{foreign.what}. To make JSON lines of it: {foreign.command}"
+                )
         raise CommandError(
             f"{bad[0].source}:{bad[0].line}: {bad[0].message}",
             f"None of the first {len(bad)} rows is usable. {need}",
@@ -65,6 +76,8 @@ def _check_named_columns(rows: list[Row], options: PromptOptions) -> None:
     columns = _columns_of(rows)
     for name, flag in options.named_columns.items():
         if not rows or name in columns or _DEFAULT_NAMES.get(flag) == name:
+            continue
+        if flag == "--template" and name in options.optional_columns:
             continue
         raise _no_such_column(flag, name, columns, len(rows))
 

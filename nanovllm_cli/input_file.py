@@ -1,12 +1,15 @@
 """InputFile: an open input, its format known by its first bytes and not by its name."""
 
+import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import BinaryIO, Literal
 
 from .exit_code import CommandError, ExitCode
+from .input_identity import Identity
 from .inputs import Source
 
 Format = Literal["json", "gzip", "zstd", "parquet"]
@@ -63,8 +66,43 @@ class InputFile:
     def close(self) -> None:
         """For pyarrow; the file belongs to `opened`."""
 
+    @property
+    def system_path(self) -> str:
+        """A name for the file that is open here, whatever has become of the one it was found by."""
+        return f"/proc/self/fd/{self._file.fileno()}"
+
+    def check_unchanged(self, num_rows: int | None = None) -> None:
+        """Raise CommandError if the file is not what it was when the job first opened it.
+
+        num_rows: how many were read, if that is all of them.
+        """
+        error = self._changed()
+        if error is not None:
+            raise error
+        look = self.source.first_look
+        if num_rows is not None and look.num_rows not in (None, num_rows):
+            raise _changed(
+                self.source, f"it has {num_rows} rows now, and had {look.num_rows} at first"
+            )
+
+    def _changed(self) -> CommandError | None:
+        first = self.source.first_look.identity
+        if first is None:
+            return None
+        assert self.source.path is not None, "stdin has no identity"
+        try:
+            found = [os.fstat(self._file.fileno()), os.stat(self.source.path)]
+        except OSError:
+            return _changed(self.source, "it was removed")
+        changes = (first.change_to(Identity.of(each)) for each in found)
+        change = next((change for change in changes if change is not None), None)
+        return None if change is None else _changed(self.source, change)
+
     def damaged(self, reason: object, place: str | None = None) -> CommandError:
-        """The error for content that is not what its format says."""
+        """The error for content that is not what its format says, or no longer what it was."""
+        changed = self._changed()
+        if changed is not None:
+            return changed
         place = place or f"byte {self.offset}"
         return unusable(
             f"{self.source.name} is damaged or incomplete, seen at {place}: {reason}",
@@ -78,12 +116,21 @@ class InputFile:
 
 @contextmanager
 def opened(source: Source) -> Iterator[InputFile]:
-    """`source` to read from; raises CommandError where the system or its first bytes refuse."""
+    """`source` to read from; raises CommandError where the system or its first bytes refuse.
+
+    So it does for a file that is another than the one that the job opened first.
+    """
     try:
         file = sys.stdin.buffer if source.path is None else source.path.open("rb")
+    except FileNotFoundError as error:
+        if source.first_look.identity is not None:
+            raise _changed(source, "it was removed") from error
+        raise _unreadable(source, error) from error
     except OSError as error:
         raise _unreadable(source, error) from error
     with nullcontext() if source.path is None else file:
+        if source.path is not None:
+            _check_identity(source, os.fstat(file.fileno()))
         try:
             input_file = InputFile(source, file)
         except OSError as error:
@@ -96,6 +143,9 @@ def format_of(head: bytes, name: str) -> Format:
     for magic, what in _FOREIGN_MAGIC.items():
         if head.startswith(magic):
             hint = "Inputs are JSON lines in UTF-8, plain or as .gz or .zst, or Parquet."
+            if what == "a zip archive" and name.lower().endswith((".xlsx", ".ods")):
+                what = "a spreadsheet"
+                hint = f"Save it as CSV, and make JSON lines of that. {hint}"
             raise unusable(f"{name} is {what}", hint)
     return next((form for magic, form in _MAGIC.items() if head.startswith(magic)), "json")
 
@@ -103,6 +153,24 @@ def format_of(head: bytes, name: str) -> Format:
 def unusable(message: str, hint: str) -> CommandError:
     """The error for an input that is of no use as a whole."""
     return CommandError(message, hint, exit_code=ExitCode.INPUT_UNUSABLE)
+
+
+def _check_identity(source: Source, found: os.stat_result) -> None:
+    """Note which file it is, or raise CommandError if it was another when it was opened first."""
+    if not stat.S_ISREG(found.st_mode):
+        return  # a stream, which is opened once
+    now, look = Identity.of(found), source.first_look
+    if look.identity is None:
+        look.identity = now
+    elif change := look.identity.change_to(now):
+        raise _changed(source, change)
+
+
+def _changed(source: Source, what: str) -> CommandError:
+    return unusable(
+        f"{source.name} has changed since this run began to read it: {what}",
+        "Let what writes it finish, and run the same line again: rows that are done are kept.",
+    )
 
 
 def _unreadable(source: Source, error: OSError) -> CommandError:

@@ -4,6 +4,7 @@ gzip has a checksum in every member. zstd may be written without: then a flipped
 as in a plain file, while a truncated file is always found.
 """
 
+import re
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -16,17 +17,28 @@ from .input_file import InputFile, format_of, unusable
 MAX_LINE_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 20
 _COMPRESSED_CHUNK_BYTES = 1 << 16
+_MAX_BLANK_BYTES = 1 << 10
+_SHORT_LINE_BYTES = 16
+_LONG_BLANK = re.compile(rb"\n\s{256,}")
 _BOM = b"\xef\xbb\xbf"
 
 
-def line_blocks(file: InputFile) -> Iterator[list[bytes]]:
-    """Lines, split at newlines only, as many at a time as a chunk ends.
+def line_blocks(file: InputFile) -> Iterator[tuple[int, list[bytes]]]:
+    """Lines, split at newlines only, as many at a time as a chunk ends, and the first one's number.
 
-    Of a line over MAX_LINE_BYTES comes the beginning alone, one byte longer than the limit.
+    Of a line over MAX_LINE_BYTES comes the beginning alone, one byte longer than the limit. Blank
+    lines may be left out, but are counted: a file may hold billions of them.
     """
     rest = bytearray()
+    number = 1
     is_first = True
-    for chunk in chain(_chunks(file), [b"\n"]):
+    for chunk in chain(chain.from_iterable(map(_pieces, _chunks(file))), [b"\n"]):
+        if len(rest) <= _MAX_BLANK_BYTES and not rest.strip():
+            chunk, num_skipped = _without_blank_lines(chunk)
+            if num_skipped:
+                number += num_skipped
+                is_first = False
+                rest.clear()
         head, newline, tail = chunk.partition(b"\n")
         if len(rest) <= MAX_LINE_BYTES:
             rest += head
@@ -43,7 +55,34 @@ def line_blocks(file: InputFile) -> Iterator[list[bytes]]:
             if format_of(lines[0], file.source.name) != "json":
                 message = f"{file.source.name} holds another compressed or Parquet file"
                 raise unusable(message, "Decompress it first.")
-        yield lines
+        yield number, lines
+        number += len(lines)
+
+
+def _pieces(chunk: bytes) -> Iterator[bytes]:
+    """The chunk, parted before each long run of blank lines if it has any."""
+    start = 0
+    if (
+        not _is_newlines(chunk) and chunk.count(b"\n") > len(chunk) // _SHORT_LINE_BYTES
+    ):  # seldom, as every row has some bytes
+        for match in _LONG_BLANK.finditer(chunk):
+            yield chunk[start : match.start() + 1]
+            start = match.start() + 1
+    yield chunk[start:]
+
+
+def _is_newlines(chunk: bytes) -> bool:
+    """Whether it is nothing else; in a tenth of the time that counting takes."""
+    return chunk.startswith(b"\n\n") and chunk == b"\n" * len(chunk)
+
+
+def _without_blank_lines(chunk: bytes) -> tuple[bytes, int]:
+    """The chunk from its first line that is not blank on, and the number of lines before it."""
+    if _is_newlines(chunk):
+        return b"", len(chunk)
+    text = chunk.lstrip()
+    start = chunk.rfind(b"\n", 0, len(chunk) - len(text)) + 1
+    return chunk[start:], chunk.count(b"\n", 0, start)
 
 
 def _chunks(file: InputFile) -> Iterator[bytes]:

@@ -49,6 +49,7 @@ class Job:
         self._totals = totals
         self._signals = signals
         self._running: dict[int, RunningRow] = {}  # by row index
+        self._num_bytes_running = 0  # of their rows
         self._num_replicas = options.data_parallel_size  # that have not been left out
         self._give_up: float | None = None  # when to end, after a stop
 
@@ -99,9 +100,11 @@ class Job:
 
     def _feed(self) -> None:
         """Queue rows in the engine up to the limit; wait for one only where there is no other."""
+        options = self._options
         while (
             self._give_up is None
-            and len(self._running) + self._output.num_held < self._options.rows_in_flight
+            and len(self._running) + self._output.num_held < options.rows_in_flight
+            and (self._num_bytes_running < options.bytes_in_flight or not self._running)
         ):
             fed = self._feeder.get(wait=not self._engine.has_work)
             if fed is None:
@@ -125,6 +128,7 @@ class Job:
             self._fail(bad_row(prompt, refused.code, refused.message))
             return
         row = self._running[prompt.index] = RunningRow(plans, self._tokenizer)
+        self._num_bytes_running += prompt.row.num_bytes
         for request in row.requests:
             failure = self._engine.add(request)
             if failure is not None:
@@ -157,12 +161,14 @@ class Job:
             self._write(index, line)
 
     def _write(self, index: int, line: bytes) -> None:
-        del self._running[index]
+        self._num_bytes_running -= self._running.pop(index).prompt.row.num_bytes
         self._totals.num_completed_rows += 1
         self._output.write(index, line)
 
     def _fail(self, row: BadRow) -> None:
         running = self._running.pop(row.index, None)
+        if running is not None:
+            self._num_bytes_running -= running.prompt.row.num_bytes
         for request in running.requests if running is not None else ():
             self._engine.abort(request.request_id)
         self._totals.errors[row.code] += 1

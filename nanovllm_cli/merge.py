@@ -17,7 +17,7 @@ from nanovllm_cli import __version__
 
 from .exit_code import CommandError, ExitCode
 from .files import appearing, check_own, io_errors, remove_own
-from .fingerprint import differences
+from .fingerprint import Fingerprint, as_metadata, differences
 from .inputs import Source, find_inputs
 from .log import Log
 from .output_columns import RESULT_COLUMNS, SCORE_COLUMNS, OutputColumns
@@ -58,7 +58,7 @@ def merge(options: MergeOptions) -> ExitCode:
     besides = {beside(Path(name), "errors.jsonl") for name in options.shards}
     named = [path for path in map(Path, dict.fromkeys(options.shards)) if path not in besides]
     shards = _in_order([ShardFile.open(path) for path in named])
-    sources = _sources(shards) if output.suffix == ".parquet" else []
+    sources = _sources(shards, output) if output.suffix == ".parquet" else []
     columns = _columns(shards[0])
     num_failed = sum(len(file.record.failed_rows) for file in shards)
     are_wrong = num_failed > 0 and not options.allow_errors
@@ -72,7 +72,8 @@ def merge(options: MergeOptions) -> ExitCode:
 
     private = options.private
     with io_errors(output), appearing(output, private=private) as rows:
-        write_lines(rows, output.name, completed, sources, columns)
+        metadata = as_metadata(_fingerprint(shards))
+        write_lines(rows, output.name, completed, sources, columns, metadata)
         if num_failed:
             with io_errors(errors), appearing(errors, private=private) as failures:
                 write_lines(failures, errors.name, failed, [], OutputColumns())
@@ -149,9 +150,10 @@ def _columns(shard: ShardFile) -> OutputColumns:
     return OutputColumns(results=results, chosen=tuple(shard.stats["output_columns"]))
 
 
-def _sources(shards: list[ShardFile]) -> list[Source]:
+def _sources(shards: list[ShardFile], output: Path) -> list[Source]:
     """The inputs, from which Parquet takes its types; raises CommandError if they changed."""
-    sources = find_inputs(shards[0].stats["inputs"])
+    outputs = [str(output), *(str(file.path) for file in shards)]
+    sources = find_inputs(shards[0].stats["inputs"], outputs=outputs)
     if not any(source.is_stream for source in sources):
         for file in shards:
             rows = read_rows(sources, limit=file.record.num_rows)
@@ -192,8 +194,13 @@ def _stats(shards: list[ShardFile], exit_code: ExitCode) -> dict[str, Any]:
             }
             for file in shards
         },
-        "fingerprint": first.record.fingerprint | {"shard": str(Shard())},
+        "fingerprint": _fingerprint(shards),
     }
+
+
+def _fingerprint(shards: list[ShardFile]) -> Fingerprint:
+    """That of the job that was not sharded."""
+    return shards[0].record.fingerprint | {"shard": str(Shard())}
 
 
 def _unusable(message: str) -> CommandError:

@@ -18,6 +18,15 @@ Endpoint = Literal["chat", "completions"]
 _ENDPOINTS: dict[str, Endpoint] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
+    "/chat/completions": "chat",  # as Azure has them
+    "/completions": "completions",
+}
+_NAMED_ENDPOINTS = "/v1/chat/completions, /v1/completions"
+# A column of what each of them calls a line's request.
+_OTHER_BATCHES = {
+    "params": "Anthropic's",
+    "request": "Gemini's",
+    "modelInput": "Bedrock's",
 }
 # They change where a request runs and who is told of it, not what comes out.
 _WITHOUT_EFFECT = (
@@ -26,7 +35,7 @@ _WITHOUT_EFFECT = (
 )
 _OF_BOTH = ("model", "messages", "prompt", "max_completion_tokens", *_WITHOUT_EFFECT, *SETTINGS)
 # Qwen3 thinks or does not; `thinking_budget` is what limits a thought.
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _FIRST_THAT_THINKS = _EFFORTS.index("low")
 _SPELLED_BY_CHATS = frozenset({"logprobs", "top_logprobs", "reasoning_effort", "modalities"})
 _BODY_FIELDS: dict[Endpoint, frozenset[str]] = {
@@ -52,8 +61,19 @@ def is_openai_line(columns: Mapping[str, Any]) -> bool:
     return columns.get("body") is not None or columns.get("url") is not None
 
 
+def batch_of_another(columns: Mapping[str, Any]) -> str | None:
+    """Whose batch line a row is, if it is one that is not known here."""
+    for name, whose in _OTHER_BATCHES.items():
+        if isinstance(columns.get(name), dict):
+            return whose
+    return None
+
+
 def parse_openai_line(columns: Mapping[str, Any], system: str | None) -> OpenAIRequest:
-    """Check all that a line says; `system` goes before a chat without a system message."""
+    """Check all that a line says; `system` goes before a chat without a system message.
+
+    A line without method and url, as Mistral and Fireworks have it, is a chat.
+    """
     endpoint, body = _endpoint_and_body(columns)
     model = body.pop("model", None)
     if model is not None:
@@ -74,11 +94,14 @@ def _endpoint_and_body(columns: Mapping[str, Any]) -> tuple[Endpoint, dict[str, 
     """The endpoint, and the body's fields as far as they have an effect."""
     code = "bad_openai_line"
     method, url, body = columns.get("method"), columns.get("url"), columns.get("body")
-    if method != "POST":
+    if method is not None and not (isinstance(method, str) and method.upper() == "POST"):
         raise Refused(code, f"method is {shown(method)}; it must be POST")
-    if not isinstance(url, str) or url not in _ENDPOINTS:
-        raise Refused(code, f"url is {shown(url)}; it must be one of {', '.join(_ENDPOINTS)}")
-    endpoint = _ENDPOINTS[url]
+    if url is None:
+        is_prompt = isinstance(body, dict) and body.get("messages") is None and "prompt" in body
+        url = "/v1/completions" if is_prompt else "/v1/chat/completions"
+    endpoint = _ENDPOINTS.get(url.removesuffix("/")) if isinstance(url, str) else None
+    if endpoint is None:
+        raise Refused(code, f"url is {shown(url)}; it must be one of {_NAMED_ENDPOINTS}")
     if not isinstance(body, dict):
         raise Refused(code, f"body is {shown(body)}; it must be an object")
     for name, _ in settings_among(tuple(columns)):

@@ -83,7 +83,7 @@ def joined_lines(lines: Iterable[bytes]) -> bytes:
 def openai_error(row: BadRow) -> dict[str, Any]:
     """A failed row: the response that a server would have given, and the error beside it.
 
-    `source` and `line` say where it is, for whoever mends it.
+    `source` and `line` say where it is, for whoever mends it; a row without an id has them alone.
     """
     error = {"code": row.code, "message": row.message}
     place = {"source": as_text(row.source), "line": row.line}
@@ -96,8 +96,8 @@ def openai_error(row: BadRow) -> dict[str, Any]:
         "request_id": f"req_{key}",
         "body": body,
     }
-    custom_id = row.id if row.id is not None else str(row.index)
-    named = {"id": f"batch_req_{key}", "custom_id": custom_id}
+    # Null where the row has no good one: anything else could be another row's.
+    named = {"id": f"batch_req_{key}", "custom_id": row.id}
     return {**named, "response": response, "error": error, **place}
 
 

@@ -14,6 +14,7 @@ from .setting_values import MAX_SAMPLES, is_bad_words
 from .shard import Shard
 
 DEFAULT_MODEL = "Qwen3-0.6B"
+_BYTES_IN_FLIGHT = 256 << 20  # for each engine
 _MAX_TIMEOUT = 100_000_000  # seconds: three years
 
 
@@ -133,6 +134,11 @@ class GenerateOptions:
             raise UserError(f"--{error}".replace("_", "-")) from None
 
     @property
+    def files_written(self) -> tuple[str | None, ...]:
+        """The names of the job's outputs, which are no inputs though a directory holds them."""
+        return self.output, self.errors, self.metrics_file
+
+    @property
     def columns(self) -> OutputColumns:
         """What a row of the output holds."""
         results = SCORE_COLUMNS if self.prompt.is_score else RESULT_COLUMNS
@@ -148,3 +154,8 @@ class GenerateOptions:
         """
         in_each = 4 * (self.engine.max_num_seqs or 1024)
         return self.max_inflight or self.data_parallel_size * in_each
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes of rows after which no further row is taken before another one is done."""
+        return self.data_parallel_size * _BYTES_IN_FLIGHT

@@ -7,7 +7,7 @@ writes it as base64. Python's own types for times hold neither nanoseconds nor y
 so times are read as integers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from functools import lru_cache, partial
 from typing import Any
@@ -17,16 +17,52 @@ import pyarrow as pa
 
 _Convert = Callable[[Any], Any]
 
+_BYTES_AT_ONCE = 8 << 20  # of Arrow's, for which Python's objects take a few times as many
 _DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # of a second's fraction
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _EPOCH_DAY = _EPOCH.toordinal()
 
 
-def rows_of(batch: Any) -> list[dict[str, Any] | Exception]:
-    """The rows of a batch; for one with a text that is not UTF-8, the reason."""
+def rows_of(batch: Any) -> Iterator[tuple[dict[str, Any] | Exception, int]]:
+    """The rows of a batch and about how many bytes each is; a bounded number of them at a time.
+
+    For a row with a text that is not UTF-8 comes the reason.
+    """
+    at = 0
+    while at < batch.num_rows:
+        num_bytes = _plain_part(batch.slice(at)).nbytes // (batch.num_rows - at)
+        count = min(batch.num_rows - at, max(1, _BYTES_AT_ONCE // max(1, num_bytes)))
+        part = batch.slice(at, count)
+        if count > 1 and _plain_part(part).nbytes > 2 * _BYTES_AT_ONCE:
+            part = batch.slice(at, 1)  # rows of very different sizes
+        plain_bytes = _plain_part(part).nbytes // part.num_rows
+        texts = [field.name for field in part.schema if pa.types.is_dictionary(field.type)]
+        for row in _rows_of(part):
+            yield row, plain_bytes + _length_of(row, texts)
+        at += part.num_rows
+
+
+def _plain_part(batch: Any) -> Any:
+    """The columns whose values are in memory once for each row."""
+    names = [field.name for field in batch.schema if not pa.types.is_dictionary(field.type)]
+    return batch.select(names)
+
+
+def _length_of(row: dict[str, Any] | Exception, names: list[str]) -> int:
+    if isinstance(row, Exception):
+        return 0
+    return sum(len(row[name]) for name in names if isinstance(row[name], str | bytes))
+
+
+def _rows_of(batch: Any) -> list[dict[str, Any] | Exception]:
     try:
+        shared: list[tuple[str, list[Any]]] = []
         converts: list[tuple[str, _Convert]] = []
         for at, field in enumerate(batch.schema):
+            if pa.types.is_dictionary(field.type):
+                shared.append((field.name, _decoded(batch.column(at))))
+                batch = batch.set_column(at, field.name, pa.nulls(batch.num_rows))
+                continue
             kind, convert = _json_form(field.type)
             if kind != field.type:
                 batch = batch.set_column(at, field.name, batch.column(at).cast(kind))
@@ -36,12 +72,28 @@ def rows_of(batch: Any) -> list[dict[str, Any] | Exception]:
     except (ValueError, OverflowError) as error:
         if batch.num_rows == 1:
             return [error]
-        return [row for at in range(batch.num_rows) for row in rows_of(batch.slice(at, 1))]
+        return [row for at in range(batch.num_rows) for row in _rows_of(batch.slice(at, 1))]
+    for name, values in shared:
+        for row, value in zip(rows, values, strict=True):
+            row[name] = value
     for name, convert in converts:
         for row in rows:
             if row[name] is not None:
                 row[name] = convert(row[name])
     return rows
+
+
+def _decoded(column: Any) -> list[Any]:
+    """The values of a dictionary's indices; equal ones are one object."""
+    indices = column.indices
+    used = indices.unique().drop_null()
+    kind, convert = _json_form(column.dictionary.type)
+    values = column.dictionary.take(used).cast(kind).to_pylist()
+    of_index = {
+        index: _converted(value, convert)
+        for index, value in zip(used.to_pylist(), values, strict=True)
+    }
+    return [None if index is None else of_index[index] for index in indices.to_pylist()]
 
 
 @lru_cache(maxsize=1024)

@@ -42,6 +42,7 @@ from .output import JobOutput, open_output
 from .output_paths import OutputPaths
 from .placement import parallel_notes
 from .progress import Progress
+from .prompt_limit import max_text_bytes
 from .rows import BadRow, Row, check_inputs, read_rows
 from .signals import Signals, Stopped
 from .tokenizer import PromptTokenizer
@@ -128,7 +129,7 @@ def _generate(
     signals: Signals,
 ) -> ExitCode:
     with totals.phase("check"):
-        sources = find_inputs(options.inputs)
+        sources = find_inputs(options.inputs, outputs=options.files_written)
         rows = read_rows(sources, limit=options.limit)
         rows = try_first_rows(rows, options.prompt, options.columns)
         first = next(rows, None)
@@ -209,7 +210,8 @@ def _run(
             engine = load(model, replace(options.engine, tokenizer_path=path))
             tokenizer = load_tokenizer(options, model)
             prompts = output.missing(to_prompts(output.watch(rows), options.prompt))
-            feeder = Feeder(prompts, tokenizer, options.rows_in_flight)
+            most = max_text_bytes(options, model, _tokenizer_path(options, model))
+            feeder = Feeder(prompts, tokenizer, options.rows_in_flight, max_text_bytes=most)
             totals.attention_backend = engine.attention_backend
         totals.engine = engine.stats
         job = Job(

@@ -93,7 +93,8 @@ def _checked_message(value: Any, place: str) -> dict[str, Any]:
         if name in message:
             checked_text(f"{place}.{name}", message[name], "bad_messages")
     message.pop("annotations", None)  # of a response that is sent back: nothing that was said
-    refusal = message.pop("refusal", "" if calls and role == "assistant" else None)
+    says_more = bool(calls) or "reasoning_content" in message
+    refusal = message.pop("refusal", "" if says_more and role == "assistant" else None)
     content = message.get("content", refusal)
     if isinstance(content, list):
         content = "".join(_text_part(part, f"{place}.content") for part in content)

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from string import Formatter
 
 from .exit_code import CommandError
 from .prompt_content import Messages
-from .refusal import shown
+from .template import TemplatePart, parse_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +55,9 @@ class PromptOptions:
         return self.chat or self.system is not None or isinstance(self.prefix, list)
 
     @cached_property
-    def template_parts(self) -> list[tuple[str, str | None]]:
-        """The template, as pieces of text and the name of the column behind each."""
-        hint = "Fields are names of columns, like {text}; write {{ and }} for braces."
-        try:
-            parts = list(Formatter().parse(self.template or ""))
-        except ValueError as error:
-            raise CommandError(f"template {shown(self.template)}: {error}", hint) from None
-        for _, name, spec, conversion in parts:
-            is_column = name and not name.isdigit() and "." not in name and "[" not in name
-            if name is not None and (not is_column or spec or conversion):
-                raise CommandError(
-                    f"template {shown(self.template)} has other fields than names", hint
-                )
-        return [(text, name) for text, name, _, _ in parts]
+    def template_parts(self) -> list[TemplatePart]:
+        """The template, as pieces of text and the column behind each."""
+        return parse_template(self.template or "")
 
     @cached_property
     def named_columns(self) -> dict[str, str]:
@@ -82,4 +70,10 @@ class PromptOptions:
         if self.pair_columns is not None:
             flags["--context-column"], flags["--continuation-column"] = self.pair_columns
         named = {name: flag for flag, name in flags.items() if name is not None}
-        return named | {name: "--template" for _, name in self.template_parts if name is not None}
+        fields = (part.name for part in self.template_parts if part.name is not None)
+        return named | dict.fromkeys(fields, "--template")
+
+    @cached_property
+    def optional_columns(self) -> set[str]:
+        """The columns that no row needs to have: the template says what stands for them."""
+        return {part.name for part in self.template_parts if part.name and part.default is not None}

@@ -4,14 +4,16 @@ Pure: no file is read and nothing is printed. A Prompt is text, messages or toke
 makes token ids of the first two. A row that cannot run does not stop the job.
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import orjson
 
-from .dataset_chat import from_dataset
-from .openai_line import Endpoint, is_openai_line, parse_openai_line
+from .dataset_chat import from_dataset, without_padding
+from .openai_line import Endpoint, batch_of_another, is_openai_line, parse_openai_line
 from .prompt_content import Content, Messages, from_messages, from_text, from_token_ids, with_prefix
 from .prompt_options import PromptOptions
 from .refusal import Refused, checked_text, shown
@@ -84,11 +86,14 @@ def to_prompt(row: Row, options: PromptOptions) -> Prompt | BadRow:
             settings = RowSettings()
         elif is_openai:
             row_id = checked_text("custom_id", columns["custom_id"], "bad_openai_line")
+            if row.raw is None:
+                columns = {**columns, "body": without_padding(columns.get("body"))}
             asked = parse_openai_line(columns, options.system)
             endpoint, model, content, settings, others = asked
         else:
             row_id = _id_of(columns, options)
-            settings = settings_of(columns, options.named_columns)
+            is_parquet = row.raw is None
+            settings = settings_of(columns, options.named_columns, is_parquet=is_parquet)
             content = _content_of(row, options)
         text, messages, token_ids = with_prefix(content, options.prefix)
         others = [with_prefix(other, options.prefix) for other in others]
@@ -149,24 +154,61 @@ def _content_of(row: Row, options: PromptOptions) -> Content:
     columns = row.columns
     if options.template is not None:
         return _from_prompt(_fill_template(columns, options), "the prompt", options)
-    text = columns.get(options.prompt_column)
-    messages = columns.get(options.messages_column)
+    place = options.messages_column
+    text, messages = columns.get(options.prompt_column), columns.get(place)
+    if options.prompt_column == place:
+        text = None
+    elif messages is None and _is_chat(text):  # as data sets for preferences have it
+        place, messages, text = options.prompt_column, text, None
     token_ids = columns.get("prompt_token_ids")
     num_found = (text is not None) + (messages is not None) + (token_ids is not None)
     if num_found != 1:
-        names = f"{options.prompt_column}, {options.messages_column} and prompt_token_ids"
-        if options.pair_columns is not None:
-            names = f"{options.pair_columns[1]}, {names}"
-        if num_found > 1:
-            raise Refused("bad_prompt", f"the row has more than one of {names}")
-        raise Refused("no_prompt", f"the row has none of {names}, but {shown([*columns])}")
+        raise _without_one_prompt(columns, options, num_found)
     if messages is not None:
-        place = options.messages_column
         chat = from_dataset(messages, place, is_parquet=row.raw is None)
         return from_messages(chat, place, options.system)
     if token_ids is not None:
         return from_token_ids(token_ids, "prompt_token_ids")
     return _from_prompt(text, options.prompt_column, options)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+def _without_one_prompt(
+    columns: Mapping[str, Any], options: PromptOptions, num_found: int
+) -> Refused:
+    """The error for a row that has none of what can be completed, or several."""
+    known = [options.prompt_column, options.messages_column, "prompt_token_ids"]
+    if options.pair_columns is not None:
+        known.insert(0, options.pair_columns[1])
+    known = list(dict.fromkeys(known))
+    names = f"{', '.join(known[:-1])} and {known[-1]}"
+    if num_found > 1:
+        return Refused("bad_prompt", f"the row has more than one of {names}")
+    empty = [name for name in known if name in columns]
+    if empty:
+        verb = "is" if len(empty) == 1 else "are"
+        return Refused("no_prompt", f"{' and '.join(empty)} {verb} null")
+    whose = batch_of_another(columns)
+    if whose is not None:
+        reason = f"the row is a line of {whose} batches; only OpenAI's batch lines are known, with "
+        return Refused("no_prompt", reason + "custom_id, method, url and body")
+    message = f"the row has none of {names}, but {shown([*columns])}"
+    misspelled = _misspelled(tuple(columns), tuple(known))
+    if misspelled is not None:
+        message += f"; by {shown(misspelled[0])}, did you mean {misspelled[1]}?"
+    return Refused("no_prompt", message)
+
+
+@lru_cache(maxsize=16)  # most rows have the columns of the row before
+def _misspelled(columns: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, str] | None:
+    """A column that may be meant as one of `known`, and which of them."""
+    for name in known:
+        for near in difflib.get_close_matches(name, columns, n=1, cutoff=0.8):
+            return near, name
+    return None
 
 
 def _from_prompt(value: Any, place: str, options: PromptOptions) -> Content:
@@ -178,11 +220,14 @@ def _from_prompt(value: Any, place: str, options: PromptOptions) -> Content:
 
 def _fill_template(columns: Mapping[str, Any], options: PromptOptions) -> str:
     pieces = []
-    for text, name in options.template_parts:
+    for text, name, default in options.template_parts:
         pieces.append(text)
         if name is None:
             continue
         value = columns.get(name)
+        if value is None and default is not None:
+            pieces.append(default)
+            continue
         if value is None:
             what = "is null" if name in columns else f"is not among {shown([*columns])}"
             raise Refused("template_error", f"the template's column {shown(name)} {what}")

@@ -1,5 +1,8 @@
 """What a row is known by when a job goes on: its number over all inputs, and its content's hash."""
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -8,6 +11,7 @@ from .rows import BadRow, Row
 
 Keys = npt.NDArray[np.uint64]
 _MAX_MARKS = 64
+_LARGE_ROW_BYTES = 1 << 16
 
 
 def row_key(row: Row | BadRow) -> int:
@@ -15,12 +19,12 @@ def row_key(row: Row | BadRow) -> int:
 
     What is no row has its error for a content: equal errors give equal lines.
     """
-    return xxhash.xxh3_128_intdigest(_content_of(row))
+    return _digest_of(row).intdigest()
 
 
 def content_id(row: Row | BadRow) -> str:
     """The same as text: what ids in outputs are made of."""
-    return xxhash.xxh3_128_hexdigest(_content_of(row))
+    return _digest_of(row).hexdigest()
 
 
 def low_half(key: int) -> int:
@@ -55,9 +59,29 @@ def marks_of(keys: Keys) -> list[str]:
     return marks
 
 
-def _content_of(row: Row | BadRow) -> bytes:
+def _digest_of(row: Row | BadRow) -> xxhash.xxh3_128:
     if isinstance(row, BadRow):
-        return repr((row.id, row.code, row.message)).encode(errors="surrogatepass")
-    if row.raw is None:
-        return repr(row.columns).encode(errors="surrogatepass")
-    return row.raw
+        message = row.message if row.known_as is None else row.known_as
+        return xxhash.xxh3_128(_encoded_repr((row.id, row.code, message)))
+    if row.raw is not None:
+        return xxhash.xxh3_128(row.raw)
+    if row.num_bytes < _LARGE_ROW_BYTES:
+        return xxhash.xxh3_128(_encoded_repr(row.columns))
+    digest = xxhash.xxh3_128()  # of what repr writes, without a copy of it
+    before = b"{"
+    for name, value in row.columns.items():
+        digest.update(before + _encoded_repr(name) + b": ")
+        is_long = isinstance(value, str) and len(value) > _LARGE_ROW_BYTES
+        digest.update(_repr_of_long_text(value) if is_long else _encoded_repr(value))
+        before = b", "
+    digest.update(b"}")
+    return digest
+
+
+def _encoded_repr(value: Any) -> bytes:
+    return repr(value).encode(errors="surrogatepass")
+
+
+@lru_cache(maxsize=4)  # the rows of a Parquet file may share one
+def _repr_of_long_text(value: str) -> bytes:
+    return _encoded_repr(value)

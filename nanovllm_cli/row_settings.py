@@ -14,6 +14,7 @@ from nanovllm_cli.core.sampling_params import MAX_BAD_WORDS, SamplingParams
 
 from . import setting_values as values
 from . import structured_output
+from .dataset_chat import without_padding
 from .refusal import Refused, shown
 from .setting_values import MAX_OWN_STOP_TOKEN_IDS, MAX_SAMPLES, MAX_STOP_STRINGS, MAX_TOKEN_ID
 from .tool_calls import Tools, checked_tools
@@ -42,7 +43,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "truncate_prompt_tokens": (values.is_positive, "an integer of at least 1"),
     "thinking_budget": (values.is_count, "an integer of at least 0"),
     "chat_template_kwargs": (values.is_template_arguments, '{"enable_thinking": true or false}'),
-    "tools": (values.is_list, "a list of tools"),
+    "tools": (values.is_list_or_json, "a list of tools, or its JSON as a string"),
     "tool_choice": (
         values.is_tool_choice,
         "'auto', 'none', 'required' or an object of type 'function' or 'allowed_tools'",
@@ -113,7 +114,9 @@ class RowSettings(NamedTuple):
 _NO_SETTINGS = RowSettings()
 
 
-def settings_of(columns: Mapping[str, Any], data_columns: Mapping[str, Any]) -> RowSettings:
+def settings_of(
+    columns: Mapping[str, Any], data_columns: Mapping[str, Any], *, is_parquet: bool = False
+) -> RowSettings:
     """The settings among a row's columns; `data_columns` are none, whatever they are called."""
     fields = {}
     for name, complaint in settings_among(tuple(columns)):
@@ -121,7 +124,7 @@ def settings_of(columns: Mapping[str, Any], data_columns: Mapping[str, Any]) -> 
             continue
         if complaint:
             raise Refused("unknown_setting", complaint)
-        fields[name] = columns[name]
+        fields[name] = without_padding(columns[name]) if is_parquet else columns[name]
     return parse_settings(fields, "")
 
 
@@ -164,7 +167,7 @@ def parse_settings(fields: Mapping[str, Any], place: str) -> RowSettings:
 def _row_settings(sampling: dict[str, Any], own: dict[str, Any], place: str) -> RowSettings:
     """With those that are not SamplingParams' fields."""
     stop, bad_words = own.get("stop", ()), own.get("bad_words")
-    tools = checked_tools(own["tools"], f"{place}tools") if "tools" in own else []
+    tools = checked_tools(own["tools"], f"{place}tools") if own.get("tools") else []
     choice, is_one_only = own.get("tool_choice", "auto"), own.get("parallel_tool_calls") is False
     tools, calls = chosen_tools(tools, choice, is_one_only=is_one_only, place=place)
     if calls is not None:

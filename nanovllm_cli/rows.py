@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import chain, count
 from typing import Any
 
 import orjson
@@ -37,6 +37,7 @@ class BadRow:
     code: str
     message: str
     is_openai_line: bool = False
+    known_as: str | None = None  # the message by which a journal knows the row, if it is another
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen, which takes thrice the time, for every row
@@ -48,6 +49,7 @@ class Row:
     line: int  # from 1; in a Parquet file the row
     raw: bytes | None  # the JSON without its line break; None for Parquet
     columns: dict[str, Any]
+    num_bytes: int = 0  # about how many it holds
 
     def failed(
         self, row_id: str | int | None, code: str, message: str, *, is_openai_line: bool = False
@@ -75,12 +77,19 @@ def check_inputs(sources: Iterable[Source], *, limit: int | None = None) -> int 
         if source.is_stream:
             has_stream = True
             continue
+        if num_rows == limit:
+            continue
         with opened(source) as file:
+            num_read, is_whole = 0, True
             for num_new_rows in _row_counts(file):
-                num_rows += num_new_rows
-                if limit is not None and num_rows >= limit:
-                    num_rows = limit
+                num_read += num_new_rows
+                if limit is not None and num_rows + num_read >= limit:
+                    num_read, is_whole = limit - num_rows, False
                     break
+            file.check_unchanged(num_read if is_whole else None)
+        if is_whole:
+            source.first_look.num_rows = num_read
+        num_rows += num_read
     return None if has_stream else num_rows
 
 
@@ -88,7 +97,7 @@ def _row_counts(file: InputFile) -> Iterator[int]:
     """The number of rows in each block of lines, or in each batch of Parquet rows."""
     if file.format == "parquet":
         return (batch.num_rows for batch in parquet_batches(file))
-    return (sum(map(bool, map(bytes.strip, lines))) for lines in line_blocks(file))
+    return (sum(map(bool, map(bytes.strip, lines))) for _, lines in line_blocks(file))
 
 
 def read_rows(sources: Iterable[Source], *, limit: int | None = None) -> Iterator[Row | BadRow]:
@@ -96,26 +105,41 @@ def read_rows(sources: Iterable[Source], *, limit: int | None = None) -> Iterato
 
     Raises CommandError: INPUT_UNUSABLE for damaged content, IO_ERROR where reading fails.
     """
-    return islice(_read_all(sources), limit)
-
-
-def _read_all(sources: Iterable[Source]) -> Iterator[Row | BadRow]:
     index = count()
+    num_left = limit
     for source in sources:
+        if num_left == 0:
+            return
         with opened(source) as file:
             rows = _parquet_rows if file.format == "parquet" else _json_rows
-            yield from rows(file, index)
+            num_read = 0
+            for row in rows(file, index):
+                yield row
+                num_read += 1
+                if num_read == num_left:
+                    file.check_unchanged()
+                    return
+            file.check_unchanged(num_read)
+            if num_left is not None:
+                num_left -= num_read
 
 
 def _json_rows(file: InputFile, index: Iterator[int]) -> Iterator[Row | BadRow]:
     name = file.source.name
-    lines = chain.from_iterable(line_blocks(file))
-    for number, line in enumerate(lines, 1):
+    numbered = (enumerate(lines, first) for first, lines in line_blocks(file))
+    for number, line in chain.from_iterable(numbered):
         try:
             columns = orjson.loads(line) if len(line) <= MAX_LINE_BYTES else None
             if isinstance(columns, dict) and not _is_too_deep(line, columns):
                 raw = line.removesuffix(b"\r")
-                yield Row(index=next(index), source=name, line=number, raw=raw, columns=columns)
+                yield Row(
+                    index=next(index),
+                    source=name,
+                    line=number,
+                    raw=raw,
+                    columns=columns,
+                    num_bytes=len(raw),
+                )
                 continue
             if len(line) > MAX_LINE_BYTES:
                 code, message = "line_too_long", f"the line has more than {MAX_LINE_BYTES} bytes"
@@ -129,9 +153,28 @@ def _json_rows(file: InputFile, index: Iterator[int]) -> Iterator[Row | BadRow]:
                 continue
             code = "invalid_json"
             message = f"not valid JSON at line {number} column {error.colno}: {error.msg}"
+            known_as, message = message, _not_utf8(line) or message
+        else:
+            known_as = message
         yield BadRow(
-            index=next(index), source=name, line=number, id=_id_in(line), code=code, message=message
+            index=next(index),
+            source=name,
+            line=number,
+            id=_id_in(line),
+            code=code,
+            message=message,
+            known_as=known_as,
         )
+
+
+def _not_utf8(line: bytes) -> str | None:
+    """What is wrong with a line that is not UTF-8; None for another fault."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        value = line[error.start]
+        return f"not UTF-8 at byte {error.start + 1} of the line, which is 0x{value:02x}"
+    return None
 
 
 def _is_too_deep(line: bytes, columns: dict[str, Any]) -> bool:
@@ -156,9 +199,16 @@ def _id_in(line: bytes) -> str | int | None:
 def _parquet_rows(file: InputFile, index: Iterator[int]) -> Iterator[Row | BadRow]:
     name = file.source.name
     rows = chain.from_iterable(map(rows_of, parquet_batches(file)))
-    for line, row in enumerate(rows, 1):
+    for line, (row, num_bytes) in enumerate(rows, 1):
         if isinstance(row, dict):
-            yield Row(index=next(index), source=name, line=line, raw=None, columns=row)
+            yield Row(
+                index=next(index),
+                source=name,
+                line=line,
+                raw=None,
+                columns=row,
+                num_bytes=num_bytes,
+            )
         else:
             text = f"a value cannot be read: {row}"
             yield BadRow(

@@ -203,8 +203,9 @@ def _compile_grammar(task: dict[str, str]) -> str:
     if task["kind"] == "json":
         # As json.dumps lays it out: where any whitespace may come, some models go on with nothing
         # else, and little of the text is forced. A schema's own "x-guidance" says otherwise.
+        # `true` allows everything, which an object says with room for the defaults.
         grammar: str = LLMatcher.grammar_from_json_schema(
-            task["text"],
+            "{}" if task["text"].strip() == "true" else task["text"],
             defaults={
                 "whitespace_flexible": False,
                 "item_separator": ", ",

@@ -30,8 +30,9 @@ def is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def is_list(value: Any) -> bool:
-    return isinstance(value, list)
+def is_list_or_json(value: Any) -> bool:
+    """JSON's text of a list counts; so does no text at all."""
+    return isinstance(value, list) or (isinstance(value, str) and value.strip()[:1] in ("[", ""))
 
 
 def is_num_samples(value: Any) -> bool:

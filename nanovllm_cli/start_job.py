@@ -24,7 +24,7 @@ def start_job(
     _check_files(options)
     if options.timeout is not None:
         signals.end_after(options.timeout)
-    find_inputs(options.inputs)  # a name that is mistyped is told at once
+    find_inputs(options.inputs, outputs=options.files_written)  # a mistyped name is told at once
     if dry_run:
         from .dry_run import dry_run as run
 

@@ -28,7 +28,7 @@ class StopStrings:
             num_new = next(count for count in counts if self._hold_one(token_ids[:count]))
             self._num_matched = first_new + num_new
             return True
-        with_text = [token_id for token_id in token_ids if self._decode([token_id])]
+        with_text = [token_id for token_id in token_ids if self._has_text(token_id)]
         self._recent = (self._recent + with_text)[-self._tail :]
         return False
 
@@ -42,6 +42,13 @@ class StopStrings:
         return text[
             : min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=None)
         ]
+
+    def _has_text(self, token_id: int) -> bool:
+        """Whether it adds to a text; special ones do not.
+
+        A blank at a text's beginning is left out by some tokenizers, so it is not looked at alone.
+        """
+        return bool(self._decode([token_id] * 4))
 
     def _hold_one(self, new_token_ids: Sequence[int]) -> bool:
         text = self._decode([*self._recent, *new_token_ids])

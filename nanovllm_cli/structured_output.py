@@ -33,7 +33,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_schema(value: Any) -> bool:
-    return isinstance(value, dict | str)
+    return isinstance(value, dict | str | bool)
 
 
 def _is_text(value: Any) -> bool:

@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any, NamedTuple, NoReturn
 
+import orjson
 import xxhash
 
 from .refusal import Refused, checked_text, shown
@@ -31,10 +32,24 @@ class ToolCall(NamedTuple):
     arguments: str
 
 
-def checked_tools(value: list[Any], place: str) -> Tools:
-    """What a row offers: a list of {"type": "function", "function": {"name": ...}}."""
+def checked_tools(value: list[Any] | str, place: str) -> Tools:
+    """What a row offers: a list of {"type": "function", "function": {"name": ...}}.
+
+    Data sets also hold the list or its items as JSON text, and functions without what is round
+    them.
+    """
+    if isinstance(value, str):
+        value = _from_json(value, place)
+        if not isinstance(value, list):
+            raise Refused("bad_tools", f"{place} is {shown(value)}; it must be a list of tools")
+    tools = []
     for at, tool in enumerate(value):
         where = f"{place}[{at}]"
+        if isinstance(tool, str) and tool.strip().startswith("{"):
+            tool = _from_json(tool, where)
+        if isinstance(tool, dict) and _is_bare_function(tool):
+            tool = {"type": "function", "function": {n: v for n, v in tool.items() if n != "type"}}
+        tools.append(tool)
         if not isinstance(tool, dict):
             raise Refused("bad_tools", f"{where} is {shown(tool)}; it must be an object")
         if tool.get("type") != "function":
@@ -53,7 +68,20 @@ def checked_tools(value: list[Any], place: str) -> Tools:
             if item is not None and not isinstance(item, wanted):
                 message = f"{where}.function.{name} is {shown(item)}; it must be {expected}"
                 raise Refused("bad_tools", message)
-    return value
+    return tools
+
+
+def _is_bare_function(tool: dict[str, Any]) -> bool:
+    has_name = "name" in tool and tool.get("function") is None
+    return has_name and tool.get("type") in (None, "function")
+
+
+def _from_json(text: str, place: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        reason = f"{place} is {shown(text)}, which is not JSON: {error.msg}"
+        raise Refused("bad_tools", reason) from None
 
 
 def check_calls(value: Any, place: str) -> None:

@@ -3,7 +3,7 @@
 import gzip
 import heapq
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,15 +20,21 @@ _BUFFER_BYTES = 1 << 18
 
 
 def write_lines(
-    file: BinaryIO, name: str, lines: Lines, sources: list[Source], columns: OutputColumns
+    file: BinaryIO,
+    name: str,
+    lines: Lines,
+    sources: list[Source],
+    columns: OutputColumns,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Fill `file` in the format of `name`'s extension; equal lines give equal bytes.
 
     `sources` are where the rows came from: Parquet's columns keep the types that they had there.
+    A Parquet file has `metadata` as well.
     """
     if name.endswith(".parquet"):
         try:
-            write_parquet(file, lines, sources, columns)
+            write_parquet(file, lines, sources, columns, metadata)
         except MemoryError:
             raise  # Arrow's is one of its exceptions too, and not the disk's fault
         except pa.ArrowException as error:

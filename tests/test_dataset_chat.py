@@ -8,12 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanovllm_cli.inputs import find_inputs
 from nanovllm_cli.prompt_options import PromptOptions
 from nanovllm_cli.prompts import Prompt, to_prompt
 from nanovllm_cli.rows import Row
+from nanovllm_cli.rows import read_rows as read_inputs
 
 from .cli import generate, read_rows
-from .parsing import USER, bad, good
+from .parsing import USER, bad, chat_line, good
 
 TEXT = pa.string()
 CALL = pa.struct([
@@ -105,13 +107,90 @@ def test_the_messages_of_share_gpt_are_a_chat() -> None:
         ({"from": "bing", "value": "x"}, "messages[0].from is 'bing'; it must be one of human,"),
         ({"from": ["human"], "value": "x"}, "messages[0].from is ['human']"),
         ({"from": "human", "value": 1}, "messages[0].content is 1"),
-        ({"from": "human"}, "unknown field 'from'"),
-        ({"from": "human", "value": "x", "weight": 1}, "unknown field"),
+        ({"from": "human"}, "messages[0].content is null"),
+        ({"from": "human", "value": "x", "mood": 1}, "messages[0] has the unknown field 'mood'"),
         ({"from": "human", "role": "user", "content": "x"}, "unknown field 'from'"),
     ],
 )
 def test_what_is_not_quite_share_gpt_is_a_bad_message(message: Any, words: str) -> None:
     bad("bad_messages", {"messages": [message]}, words)
+
+
+def test_share_gpt_may_have_more_keys_and_roles() -> None:
+    given = [
+        {"from": "system", "value": "s", "weight": None},
+        {"from": "user", "value": "u", "weight": 0, "train": False},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}', "loss": 1.0},
+        {"from": "observation", "value": "o"},
+        {"from": "assistant", "value": "a", "weight": 1},
+        {"from": "tool", "value": "t"},
+        {"from": "function_call", "value": "f(1)"},
+    ]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    assert good({"messages": given}).messages == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "o"},
+        {"role": "assistant", "content": "a"},
+        {"role": "tool", "content": "t"},
+        {"role": "assistant", "content": "f(1)"},
+    ]
+
+
+def test_an_assistant_may_have_thought_and_said_nothing() -> None:
+    thought = {"role": "assistant", "reasoning_content": "Hm.", "content": None, "weight": 1}
+    messages = good({"messages": [USER, thought]}).messages
+    assert messages == [USER, {"role": "assistant", "reasoning_content": "Hm.", "content": ""}]
+
+
+def test_padding_is_left_out_of_every_setting_of_a_parquet_row(tmp_path: Path) -> None:
+    def tool(name: str, **properties: Any) -> dict[str, Any]:
+        parameters = {"type": "object", "properties": properties, "required": [*properties]}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    def schema(**properties: Any) -> dict[str, Any]:
+        return {"type": "object", "properties": properties}
+
+    city = tool("f", city={"type": "string"})
+    count = tool("g", n={"type": "integer", "minimum": 0})
+    chat = {"messages": [USER]}
+    integer, text = schema(a={"type": "integer"}), schema(b={"type": "string", "maxLength": 3})
+
+    def format_of(what: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "json_schema", "json_schema": {"name": "a", "schema": what}}
+
+    pairs: list[list[dict[str, Any]]] = [
+        [{**chat, "tools": [city]}, {**chat, "tools": [city, count]}],
+        [{**chat, "tools": [city], "tool_choice": "required"}, {**chat, "tools": [count]}],
+        [{"prompt": "Q:", "response_format": format_of(kind)} for kind in (integer, text)],
+        [{"prompt": "Q:", "guided_json": kind} for kind in (integer, text)],
+        [{"prompt": "Q:", "structured_outputs": {"json": kind}} for kind in (integer, text)],
+        [
+            {"prompt": "Q:", "logit_bias": {"50": -100.0}},
+            {"prompt": "Q:", "logit_bias": {"51": 5.0}},
+        ],
+        [chat_line(tools=[city]), chat_line(tools=[count], response_format={"type": "text"})],
+        [chat_line(logit_bias={"1": 1.0}), chat_line(response_format=format_of(text))],
+    ]
+    for number, rows in enumerate(pairs):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+        for given, row in zip(rows, read_inputs(find_inputs([str(path)])), strict=True):
+            assert isinstance(row, Row)
+            prompt = to_prompt(row, PromptOptions())
+            assert isinstance(prompt, Prompt), prompt
+            assert prompt.settings == good(given).settings
+
+
+def test_nulls_of_data_columns_stay(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Q: 1+1=\nA:", "data": {"a": 1}},
+        {"prompt": "Q: 1+2=\nA:", "data": {"b": 2}},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    ended = generate(tmp_path / "in.parquet", "--max-tokens", "1")
+    assert [row["data"] for row in ended.rows] == [{"a": 1, "b": None}, {"a": None, "b": 2}]
 
 
 def test_a_column_of_structs_is_a_chat_and_travels_through(tmp_path: Path) -> None:

@@ -98,3 +98,49 @@ def test_a_fifo_is_a_stream() -> None:
     (pipe,) = find_inputs(["pipe"])
     assert pipe.is_stream
     assert check_inputs([pipe]) is None
+
+
+def test_a_directory_never_gives_the_output_that_is_written_into_it() -> None:
+    directory = Path("data")
+    directory.mkdir()
+    for name in ("a.jsonl", "in.jsonl", "z.jsonl", "a.jsonl.partial", ".nanovllm-1f-2.jsonl"):
+        (directory / name).touch()
+    Path("link").symlink_to("data")
+    Path("other.jsonl").hardlink_to("data/z.jsonl")
+
+    def found(argument: str, *outputs: str | None) -> list[str]:
+        return [Path(source.name).name for source in find_inputs([argument], outputs=outputs)]
+
+    assert found("data") == ["a.jsonl", "in.jsonl", "z.jsonl"]
+    assert found("data", "data/a.jsonl") == ["in.jsonl", "z.jsonl"]
+    assert found("data", "data/z.jsonl", None) == ["a.jsonl", "in.jsonl"]
+    assert found("data", "link/z.jsonl", "-") == ["a.jsonl", "in.jsonl"]
+    assert found("link", os.path.abspath("data/z.jsonl")) == ["a.jsonl", "in.jsonl"]
+    assert found("data", "other.jsonl") == ["a.jsonl", "in.jsonl"]  # the same file
+    assert found("data", "data/new.jsonl") == ["a.jsonl", "in.jsonl", "z.jsonl"]
+    assert found("data/*.jsonl", "data/z.jsonl") == ["a.jsonl", "in.jsonl"]
+    assert found("data/z.jsonl", "data/z.jsonl") == ["z.jsonl"]  # for output_paths to refuse
+
+
+def test_a_name_with_a_newline_is_found_in_a_directory() -> None:
+    Path("data").mkdir()
+    for name in ("a.jsonl", "b\nc.jsonl", "d\n.jsonl.errors.jsonl"):
+        Path("data", name).touch()
+    assert names(["data"]) == ["data/a.jsonl", "data/b\nc.jsonl"]
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "s3", "gs", "hf", "az"])
+def test_a_url_is_named_as_it_was_given(scheme: str) -> None:
+    error = refusal([f"{scheme}://host/data/x.jsonl?a=1"])
+    assert error.exit_code == ExitCode.NOT_FOUND
+    assert error.message.startswith(f"{scheme}://host/data/x.jsonl?a=1 is a URL")
+    assert "remote files are not read" in error.message
+    assert error.hint == "Download it first, and name the file."
+
+
+def test_a_data_set_of_a_hub_is_to_be_downloaded_first() -> None:
+    for argument in ("tatsu-lab/alpaca", "datasets/tatsu-lab/alpaca"):
+        error = refusal([argument])
+        assert error.exit_code == ExitCode.NOT_FOUND
+        assert "hf download --repo-type dataset tatsu-lab/alpaca" in str(error.hint)
+    assert "hf download" not in str(refusal(["folder/missing.jsonl"]).hint)

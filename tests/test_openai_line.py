@@ -16,6 +16,30 @@ def test_a_chat_line() -> None:
     assert (prompt.n, prompt.stop) == (2, ("\n",))
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"url": "/v1/chat/completions/"},
+        {"url": "/chat/completions"},
+        {"url": "/chat/completions/", "method": "post"},
+        {"method": "Post"},
+        {"method": None},
+        {"method": None, "url": None},
+    ],
+)
+def test_a_chat_line_as_other_services_write_it(other: dict[str, Any]) -> None:
+    body = {"messages": [USER], "max_tokens": 3}
+    line = {name: value for name, value in batch_line(body, **other).items() if value is not None}
+    prompt = good(line)
+    assert (prompt.messages, prompt.endpoint, prompt.id) == ([USER], "chat", "c")
+    assert prompt.sampling == {"max_tokens": 3}
+
+
+def test_a_body_with_a_prompt_needs_no_url() -> None:
+    assert good({"custom_id": "c", "body": {"prompt": "x"}}).endpoint == "completions"
+    assert good(batch_line({"prompt": "x"}, url="/completions")).endpoint == "completions"
+
+
 def test_a_completions_line_stands_as_it_is() -> None:
     options: dict[str, Any] = {"chat": True, "system": "x", "template": "{y}"}
     assert good(text_line(prompt="Hello"), **options).text == "Hello"
@@ -40,7 +64,7 @@ def test_a_chat_asks_for_log_probabilities_with_two_fields() -> None:
 
 def test_a_reasoning_effort_says_whether_to_think() -> None:
     efforts = {"none": False, "minimal": False, "low": True, "medium": True, "high": True}
-    for effort, thinks in {**efforts, "xhigh": True}.items():
+    for effort, thinks in {**efforts, "xhigh": True, "max": True}.items():
         prompt = good(chat_line(reasoning_effort=effort), enable_thinking=not thinks)
         assert prompt.enable_thinking is thinks
     other = {"chat_template_kwargs": {"enable_thinking": True}}
@@ -98,7 +122,7 @@ def test_a_bad_line_is_known_for_one() -> None:
     [
         (batch_line({}, custom_id=1), "custom_id is 1"),
         (batch_line({}, method="GET"), "method is 'GET'"),
-        (batch_line({}, method=None), "method is null"),
+        (batch_line({}, method=["POST"]), "method is ['POST']"),
         (batch_line({}, url="/v1/embeddings"), "url is '/v1/embeddings'"),
         (batch_line({}, url=["x"]), "url is ['x']"),
         (batch_line([]), "body is []"),

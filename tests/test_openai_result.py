@@ -18,7 +18,7 @@ from nanovllm_cli.tokenizer import PromptTokenizer
 from nanovllm_cli.tool_calls import ToolCall
 
 from .cli import MODEL
-from .parsing import TOOL, bad, chat_line, good, text_line
+from .parsing import TOOL, bad, chat_line, good, parse, text_line
 
 GRIN = "\U0001f600"  # several tokens, none of them a whole character
 
@@ -174,9 +174,19 @@ def test_a_failed_line_is_as_openai_has_it() -> None:
     assert error_line(row) == error_line(bad("bad_parameters", chat_line(n=0)))
 
 
+def test_a_failed_line_without_a_good_id_has_none_that_could_be_another_rows() -> None:
+    for columns in (chat_line(), {"prompt": ""}, {"id": [1], "prompt": "x"}):
+        row = parse({**columns, "custom_id": 5} if "body" in columns else columns)
+        assert isinstance(row, BadRow)
+        error = orjson.loads(error_line(row, format="openai"))
+        assert (error["custom_id"], error["line"]) == (None, 5)
+    (row,) = [r for r in [parse({"custom_id": 5, "prompt": ""})] if isinstance(r, BadRow)]
+    assert orjson.loads(error_line(row, format="openai"))["custom_id"] == 5
+
+
 def test_a_failure_of_the_engine_is_no_fault_of_the_request() -> None:
     row = BadRow(index=3, source="s", line=4, id=None, code="nan_logits", message="no")
     assert "response" not in orjson.loads(error_line(row))
     error = orjson.loads(error_line(row, format="openai"))
-    assert (error["custom_id"], error["response"]["status_code"]) == ("3", 500)
+    assert (error["custom_id"], error["response"]["status_code"]) == (None, 500)
     assert error["response"]["body"]["error"]["type"] == "server_error"

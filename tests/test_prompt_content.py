@@ -75,7 +75,7 @@ def calling(*calls: Any) -> dict[str, Any]:
         ([{"role": "user", "content": ["x"]}], "part 'x'"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "image_url"),
         ([{"role": "user", "content": [{"type": "text"}]}], "text is null"),
-        ([{"role": "user", "content": "x", "weight": 1}], "unknown field 'weight'"),
+        ([{"role": "user", "content": "x", "partial": 1}], "unknown field 'partial'"),
         ([{"role": "user", "content": "x", "name": 1}], "messages[0].name is 1"),
         ([{"role": "assistant", "content": "x", "tool_calls": "f()"}], "tool_calls"),
         ([calling({"id": "1"})], "tool_calls[0].name is null"),

@@ -63,9 +63,50 @@ def test_null_counts_as_absent() -> None:
     assert good({**columns, "best_of": None, "id": None, "body": None}).messages == [USER]
 
 
-@pytest.mark.parametrize("columns", [{}, {"text": "x"}, {"prompt": None}, {"custom_id": "c"}])
+@pytest.mark.parametrize("columns", [{}, {"text": "x"}, {"custom_id": "c"}])
 def test_a_row_without_prompt_is_bad(columns: dict[str, Any]) -> None:
     bad("no_prompt", columns, "prompt", "messages", "prompt_token_ids")
+
+
+def test_a_null_prompt_is_said_to_be_null() -> None:
+    assert bad("no_prompt", {"id": 1, "prompt": None}).message == "prompt is null"
+    nothing = {"prompt": None, "messages": None}
+    assert bad("no_prompt", nothing).message == "prompt and messages are null"
+    assert bad("no_prompt", {"q": None}, prompt_column="q").message == "q is null"
+
+
+def test_a_misspelled_column_is_named_with_what_is_meant() -> None:
+    assert bad("no_prompt", {"promt": "x"}).message.endswith("by 'promt', did you mean prompt?")
+    assert "did you mean messages?" in bad("no_prompt", {"message": []}).message
+    assert "did you mean" not in bad("no_prompt", {"text": "x", "page": 1}).message
+
+
+def test_a_prompt_of_messages_is_a_chat_by_itself() -> None:
+    row = {"prompt": [USER], "chosen": [USER], "rejected": []}
+    assert good(row).messages == [USER]
+    assert good(row, messages_column="prompt").messages == [USER]
+    assert good({"q": [USER]}, prompt_column="q").messages == [USER]
+    assert good({"prompt": [{"from": "human", "value": "Hello"}]}).messages == [USER]
+    system = {"role": "system", "content": "Be brief."}
+    assert good(row, system="Be brief.").messages == [system, USER]
+    bad("bad_prompt", {"prompt": [USER], "messages": [USER]}, "more than one of prompt, messages")
+    bad("bad_messages", {"prompt": [{"role": "x"}]}, "prompt[0].role is 'x'")
+    bad("bad_messages", {"prompt": "x"}, "prompt is 'x'", messages_column="prompt")
+
+
+@pytest.mark.parametrize(
+    ("line", "whose"),
+    [
+        (
+            {"custom_id": "a", "params": {"model": "m", "max_tokens": 9, "messages": []}},
+            "Anthropic",
+        ),
+        ({"key": "a", "request": {"contents": [{"parts": [{"text": "x"}]}]}}, "Gemini"),
+        ({"recordId": "a", "modelInput": {"messages": []}}, "Bedrock"),
+    ],
+)
+def test_a_batch_line_of_another_service_is_named_as_such(line: Any, whose: str) -> None:
+    bad("no_prompt", line, f"a line of {whose}'s batches", "only OpenAI's batch lines are known")
 
 
 def test_a_row_with_two_prompts_is_bad() -> None:
@@ -116,12 +157,30 @@ def test_a_value_that_is_no_json_makes_the_row_bad() -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{}", "{0}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{a", "a}", "{a!}", "{a:{b}}", "\udcff"],
+    ["{}", "{|x}", "{a", "a}", "{a:{b}}", "\udcff"],
 )
-def test_a_template_has_names_of_columns_only(template: str) -> None:
+def test_a_template_needs_names_and_balanced_braces(template: str) -> None:
     with pytest.raises(CommandError) as caught:
         PromptOptions(template=template)
     assert caught.value.exit_code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    "name", ["a:b", "c_customer_sk:", "a.b", "0", "a!r", "a[0]", "a b", "a{", "\n", "\u4f60", "||"]
+)
+def test_a_template_can_name_any_column(name: str) -> None:
+    template = "<{" + name.replace("|", "||") + "}>"
+    assert good({name: "x"}, template=template).text == "<x>"
+    error = bad("template_error", {"other": 1}, template=template).message
+    assert error.startswith(f"the template's column {name!r} is not among")
+
+
+def test_a_template_says_what_stands_for_a_null_or_missing_column() -> None:
+    template = "{instruction}{input|}{{{n|none}}}{x|a||b|c}"
+    assert good({"instruction": "i", "input": "j", "n": 0}, template=template).text == "ij{0}a|b|c"
+    assert good({"instruction": "i", "input": None}, template=template).text == "i{none}a|b|c"
+    bad("template_error", {"instruction": None}, "'instruction' is null", template=template)
+    assert good({"a": "", "b": "x"}, template="{a|none}{b}").text == "x"  # empty is not null
 
 
 # Ids

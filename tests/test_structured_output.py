@@ -66,7 +66,7 @@ def test_a_schemas_properties_keep_their_order() -> None:
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("guided_json", [1, [], True]),
+        ("guided_json", [1, []]),
         ("guided_regex", ["", 1, {}]),
         ("guided_choice", ["a", [], [1], {}]),
         ("guided_grammar", ["", 1, []]),
@@ -258,3 +258,11 @@ def test_bad_rows_of_a_dry_run_are_counted(tmp_path: Path) -> None:
     ended = call("generate", source, "--model", MODEL, "--dry-run")
     assert ended.code == ExitCode.SOME_ROWS_FAILED
     assert "1 bad_grammar" in ended.stderr
+
+
+def test_a_schema_may_be_true_which_allows_everything() -> None:
+    for value in (True, "true", {}):
+        assert good({"prompt": "x", "guided_json": value}).sampling["grammar"] == grammar_text(
+            "json", {}
+        )
+    bad("bad_grammar", {"prompt": "x", "guided_json": False}, "guided_json: ")

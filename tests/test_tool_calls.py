@@ -127,3 +127,22 @@ def test_a_tool_needs_no_more_than_a_name() -> None:
     bare = {"type": "function", "function": {"name": "now"}}
     nulls = {**bare, "function": {"name": "now", "description": None, "other": None}}
     assert good({"messages": [USER], "tools": [bare, nulls, changed(strict=True)]}).settings.tools
+
+
+def test_tools_may_be_written_as_json_text() -> None:
+    expected = good({"messages": [USER], "tools": [TOOL]}).settings.tools
+    bare = TOOL["function"]
+    assert expected == [TOOL]
+    for tools in (
+        json.dumps([TOOL]),
+        [json.dumps(TOOL)],
+        json.dumps([bare]),
+        [bare],
+        [{"type": "function", **bare}],  # type: ignore[dict-item]
+    ):
+        assert good({"messages": [USER], "tools": tools}).settings.tools == expected
+    assert good({"prompt": "x", "tools": ""}).settings.tools is None
+    bad("bad_tools", {"messages": [USER], "tools": "[{"}, "tools is '[{', which is not JSON")
+    bad("bad_tools", {"messages": [USER], "tools": ["{"]}, "tools[0] is '{', which is not JSON")
+    bad("bad_tools", {"messages": [USER], "tools": [{"type": "custom", "name": "x"}]}, "'custom'")
+    bad("bad_parameters", {"messages": [USER], "tools": "weather"}, "a list of tools")
