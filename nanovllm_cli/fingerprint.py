@@ -93,6 +93,8 @@ def differences(old: Fingerprint, new: Fingerprint) -> str:
     """
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     names = [name for name in names if name not in _OPTIONAL or (name in old and name in new)]
+    if "weights" in names:  # the other hashes of them say the same
+        names = [name for name in names if name not in _OPTIONAL]
     if all(name in old and name not in names for name in _OF_MODEL):
         names = [name for name in names if name != "model"]
     return "; ".join(f"{n}: {old.get(n, 'unset')} -> {new.get(n, 'unset')}" for n in names)
