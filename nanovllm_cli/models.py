@@ -50,6 +50,8 @@ def resolve_model(
         return hub.snapshot(_FILES)
     small = hub.snapshot(_SMALL_FILES)
     _refuse_other_kinds(small)
+    if not os.path.lexists(small / "config.json"):
+        raise ModelError(f"{shown_name(name)} has no config.json on the hub", _NOT_GGUF)
     ModelConfig.from_directory(small)
     default_sampling(small)
     return hub.snapshot(_FILES, commit=small.name)  # what was checked is what is fetched
@@ -154,8 +156,9 @@ class _Hub:
         if repository in SHORT_NAMES:
             repository = f"Qwen/{repository}"
         self._repository = repository
-        is_ascii = repository.isascii() and repository.isprintable()
-        if repository.count("/") != 1 or repository.startswith(("/", ".", "~")) or not is_ascii:
+        is_name = repository.count("/") == 1 and not repository.startswith(("/", ".", "~"))
+        is_name &= repository.isascii() and f"{repository}{self.revision or ''}".isprintable()
+        if not is_name:
             raise _not_found(
                 f"no model {shown_name(name)}: there is no such directory, and it is not the name "
                 "of a model",
