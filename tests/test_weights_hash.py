@@ -173,6 +173,11 @@ def test_another_model_is_told_with_its_name(name: str) -> None:
 
 
 def test_names_count_where_the_files_are_not_known() -> None:
+    of_0_1 = {"model": "a", "config.json": "1", "weights": "2"}
+    for other in ({**of_0_1, "model": "b"}, {**of_0_1, "model": "b", "weights_content": "3"}):
+        assert differences(of_0_1, other) == "model: a -> b"
+        assert differences(other, of_0_1) == "model: b -> a"
+    assert differences(of_0_1, {**of_0_1, "weights_content": "3"}) == ""
     assert differences({"model": "a"}, {"model": "b"}) == "model: a -> b"
 
 
