@@ -77,8 +77,10 @@ def default_sampling(path: Path) -> dict[str, Any]:
     sampling: dict[str, Any] = {}
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if content.has(name):
-            content.number(name, -1.0, _LARGEST_SAMPLING_VALUE)
-            sampling[name] = content.values[name]  # 1 stays 1: the fingerprint has it as a text
+            value = content.values[name]
+            if type(value) not in (int, float) or not abs(value) <= _LARGEST_SAMPLING_VALUE:
+                raise content.refused(name, "a number")
+            sampling[name] = value  # 1 stays 1: the fingerprint has it as a text
     # 0 is transformers' way to keep every token, -1 vLLM's.
     if content.has("top_k") and content.integer("top_k", -1, 1 << 31) > 0:
         sampling["top_k"] = content.values["top_k"]
