@@ -171,7 +171,14 @@ class _Hub:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         self.offline = offline or constants.HF_HUB_OFFLINE
-        self._cache = os.fspath(constants.HF_HUB_CACHE)
+        try:
+            self._cache = os.fspath(Path(constants.HF_HUB_CACHE).expanduser())
+        except RuntimeError:
+            raise _not_found(
+                f"no model {shown_name(name)}: there is no such directory, and no home directory, "
+                "where the cache of the hub would be",
+                "HF_HOME names another place for the cache; or give the model's directory.",
+            ) from None
         if not (shows_progress and sys.stderr.isatty()):
             disable_progress_bars()
 

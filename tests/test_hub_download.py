@@ -120,7 +120,15 @@ def online(hub: ThreadingHTTPServer, folder: Path) -> dict[str, str]:
 
 
 RESOLVE = """
-import sys
+import os, pwd, sys
+
+def unknown(uid):  # as in a container without /etc/passwd
+    raise KeyError("getpwuid(): uid not found")
+
+if os.environ.pop("NO_HOME", None):
+    del os.environ["HOME"], os.environ["HF_HOME"]
+    pwd.getpwuid = unknown
+
 from nanovllm_cli.models import resolve_model, resolve_tokenizer
 from nanovllm_cli.run_job import run_job
 
@@ -218,3 +226,14 @@ def test_a_hub_that_cannot_be_reached_is_told(hub: ThreadingHTTPServer, tmp_path
     assert "the hub (it cannot be reached)" in ended.stderr
     assert "hf download org/tiny" in ended.stderr
     assert "Error" not in ended.stderr
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_without_a_home_there_is_no_cache_and_it_is_told(
+    offline: str, hub: ThreadingHTTPServer, tmp_path: Path
+) -> None:
+    ended = resolve(hub, tmp_path, "org/tiny", NO_HOME="1", HF_HUB_OFFLINE=offline)
+    assert ended.code == 66, ended
+    assert "no home directory" in ended.stderr
+    assert "HF_HOME" in ended.stderr
+    assert not hub.fetched  # type: ignore[attr-defined]
