@@ -199,7 +199,9 @@ def read_header(file: Path) -> list[StoredTensor]:
         raise _not_whole(file, f"its header is not JSON: {error}") from None
     if not isinstance(entries, dict):
         raise _not_whole(file, "its header is not a JSON object")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _not_whole(file, "its __metadata__ is not an object of texts")
     tensors = [
         _stored_tensor(file, name, entry, 8 + length, num_bytes) for name, entry in entries.items()
     ]

@@ -4,7 +4,9 @@ What checkpoint.py finds wrong with the files is an error before a value is read
 matrices that we hold stacked (q, k, v and gate, up) are copied into their rows of the stack.
 """
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from nanovllm_cli.core.checkpoint import StoredTensor, check_tied_head, checked_tensors
 from nanovllm_cli.core.errors import ModelError
 from nanovllm_cli.core.layers import Embedding, Linear
-from nanovllm_cli.core.model_files import unreadable
+from nanovllm_cli.core.model_files import open_file, unreadable
 from nanovllm_cli.core.parallel import Shard, whole
 from nanovllm_cli.core.qwen3 import Qwen3
 
@@ -58,7 +60,7 @@ def load_weights(model: Qwen3, path: Path) -> None:
             by_file.setdefault(tensor.file, []).append(tensor)
     for file, tensors in by_file.items():
         try:
-            with safe_open(file, framework="pt") as opened:
+            with _utf8_name(file) as name, safe_open(name, framework="pt") as opened:
                 for tensor in tensors:
                     target = targets[tensor.name]
                     target.fill(opened.get_slice(tensor.name)[target.part])
@@ -66,6 +68,21 @@ def load_weights(model: Qwen3, path: Path) -> None:
             raise ModelError(f"{file} is not a whole safetensors file: {error}") from None
         except OSError as error:
             raise unreadable(file, error) from None
+
+
+@contextmanager
+def _utf8_name(file: Path) -> Iterator[Path]:
+    """A name of `file` that safetensors takes, which refuses one that is not UTF-8."""
+    try:
+        os.fspath(file).encode()
+    except UnicodeEncodeError:
+        descriptor = open_file(file)
+        try:
+            yield Path(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+    else:
+        yield file
 
 
 def load_random_weights(model: Qwen3, seed: int = 0) -> None:

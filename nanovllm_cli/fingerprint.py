@@ -32,7 +32,7 @@ _TOKENIZER_FILES = (
 _MAX_SHOWN = 100  # characters
 # Hashes that not every run keeps: those of version 0.1 have neither, and the second is asked for.
 _OPTIONAL = ("weights_content", "weights_whole")
-_OF_MODEL = ("config.json", "weights")
+_OF_MODEL = ("config.json", "weights", "weights_content")
 
 
 def fingerprint(
@@ -89,14 +89,15 @@ def as_metadata(fingerprint: Fingerprint) -> dict[str, str]:
 def differences(old: Fingerprint, new: Fingerprint) -> str:
     """Every name whose value differs, with both values; empty where none does.
 
-    A model is what its files hold: by which path or name it was given makes no difference.
+    A model is what its files hold: by which path or name it was given makes no difference, where
+    both runs have hashed what they hold. Those of version 0.1 have not, and are told by name too.
     """
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     names = [name for name in names if name not in _OPTIONAL or (name in old and name in new)]
-    if "weights" in names:  # the other hashes of them say the same
-        names = [name for name in names if name not in _OPTIONAL]
-    if all(name in old and name not in names for name in _OF_MODEL):
+    if all(name in old and old[name] == new.get(name) for name in _OF_MODEL):
         names = [name for name in names if name != "model"]
+    of_weights = [name for name in names if name in ("weights", *_OPTIONAL)]
+    names = [name for name in names if name not in of_weights[1:]]  # one says it
     return "; ".join(f"{n}: {old.get(n, 'unset')} -> {new.get(n, 'unset')}" for n in names)
 
 

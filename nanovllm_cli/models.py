@@ -50,6 +50,8 @@ def resolve_model(
         return hub.snapshot(_FILES)
     small = hub.snapshot(_SMALL_FILES)
     _refuse_other_kinds(small)
+    if not os.path.lexists(small / "config.json"):
+        raise ModelError(f"{shown_name(name)} has no config.json on the hub", _NOT_GGUF)
     ModelConfig.from_directory(small)
     default_sampling(small)
     return hub.snapshot(_FILES, commit=small.name)  # what was checked is what is fetched
@@ -75,8 +77,10 @@ def default_sampling(path: Path) -> dict[str, Any]:
     sampling: dict[str, Any] = {}
     for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if content.has(name):
-            content.number(name, -1.0, _LARGEST_SAMPLING_VALUE)
-            sampling[name] = content.values[name]  # 1 stays 1: the fingerprint has it as a text
+            value = content.values[name]
+            if type(value) not in (int, float) or not abs(value) <= _LARGEST_SAMPLING_VALUE:
+                raise content.refused(name, "a number")
+            sampling[name] = value  # 1 stays 1: the fingerprint has it as a text
     # 0 is transformers' way to keep every token, -1 vLLM's.
     if content.has("top_k") and content.integer("top_k", -1, 1 << 31) > 0:
         sampling["top_k"] = content.values["top_k"]
@@ -154,8 +158,9 @@ class _Hub:
         if repository in SHORT_NAMES:
             repository = f"Qwen/{repository}"
         self._repository = repository
-        is_ascii = repository.isascii() and repository.isprintable()
-        if repository.count("/") != 1 or repository.startswith(("/", ".", "~")) or not is_ascii:
+        is_name = repository.count("/") == 1 and not repository.startswith(("/", ".", "~"))
+        is_name &= repository.isascii() and f"{repository}{self.revision or ''}".isprintable()
+        if not is_name:
             raise _not_found(
                 f"no model {shown_name(name)}: there is no such directory, and it is not the name "
                 "of a model",
@@ -166,7 +171,14 @@ class _Hub:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         self.offline = offline or constants.HF_HUB_OFFLINE
-        self._cache = os.fspath(constants.HF_HUB_CACHE)
+        try:
+            self._cache = os.fspath(Path(constants.HF_HUB_CACHE).expanduser())
+        except RuntimeError:
+            raise _not_found(
+                f"no model {shown_name(name)}: there is no such directory, and no home directory, "
+                "where the cache of the hub would be",
+                "HF_HOME names another place for the cache; or give the model's directory.",
+            ) from None
         if not (shows_progress and sys.stderr.isatty()):
             disable_progress_bars()
 

@@ -4,7 +4,7 @@
 its journals and stats files, so that these still resume.
 
 `weights_content`: of a checkpoint of at most 256 MiB every byte. Of a larger one the headers and
-64 MiB: of each tensor its first and its last 16 KiB, and pages spread evenly between them, more in
+64 MiB: of each tensor its first and its last 32 KiB, and pages spread evenly between them, more in
 larger tensors. Training and conversion change all of a tensor and are always seen; so is a tensor
 that was replaced. A change of a few bytes inside a large tensor is seen only where a page falls on
 it.
@@ -34,7 +34,7 @@ _OLD_SAMPLE_BYTES = 4096
 _OLD_MAX_HEADER_BYTES = 100 << 20
 _WHOLE_BYTES = 256 << 20
 _SAMPLED_BYTES = 64 << 20
-_PAGE_BYTES = 16 << 10
+_PAGE_BYTES = 32 << 10
 _CHUNK_BYTES = 8 << 20
 _NUM_THREADS = 8
 _MAX_CACHED = 256  # files

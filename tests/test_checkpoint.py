@@ -20,6 +20,8 @@ from nanovllm_cli.core.config import EngineConfig, ModelConfig
 from nanovllm_cli.core.engine import build_model
 from nanovllm_cli.core.errors import ModelError, ModelFileMissing, ModelUnreadable
 from nanovllm_cli.core.loader import load_weights, targets_of
+from nanovllm_cli.fingerprint import fingerprint
+from nanovllm_cli.options import GenerateOptions
 
 from .cli import MODEL, call, write_rows
 
@@ -163,6 +165,8 @@ A, B = ({"dtype": "F32", "shape": [2], "data_offsets": [n, n + 8]} for n in (0, 
         ({"a": {}, "b": B}, "the header of 'a'"),
         ({"a": None, "b": B}, "the header of 'a'"),
         ({"a": 5, "b": B}, "the header of 'a'"),
+        ({"a": A, "b": B, "__metadata__": {"format": 3}}, "__metadata__"),
+        ({"a": A, "b": B, "__metadata__": ["pt"]}, "__metadata__"),
         ([], "not a JSON object"),
         (b"{", "not JSON"),
         (b"", "not JSON"),
@@ -247,7 +251,19 @@ def test_a_file_of_another_user_is_66(name: str) -> None:
             check(path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_of_another_user_is_66(name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(shutil.copytree(MODEL, Path(folder) / "model"))
+        os.chmod(folder, 0o755)
+        (path / name).chmod(0)
+        options = GenerateOptions(inputs=["-"], engine=EngineConfig(device="cpu"))
+        denied = f"cannot read .*{name}: Permission denied"
+        with as_another_user(), pytest.raises(ModelFileMissing, match=denied):
+            fingerprint(options, model=path, tokenizer=path, sampling={})
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", WEIGHTS])
 def test_a_file_that_the_disk_does_not_give_is_74(name: str, sample: Path, tmp_path: Path) -> None:
     (sample / name).unlink()
     (sample / name).symlink_to("/proc/self/mem")  # EIO at its first byte

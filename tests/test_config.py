@@ -214,6 +214,81 @@ def test_eos_comes_from_the_generation_config_and_else_from_the_config(
         assert ModelConfig.from_hf(config, generation).eos_token_ids == expected
 
 
+def test_eos_ids_outside_the_vocabulary_end_nothing_and_are_left_out() -> None:
+    config = {**OLD_SPELLING, "eos_token_id": [151936, 5, -1, 10**30, 151935, 5]}
+    assert ModelConfig.from_hf(config, {}).eos_token_ids == (5, 151935)
+
+
+@pytest.mark.parametrize("eos", [True, 1.0, "5", [5, None], [[5]], {"a": 5}, list(range(17))])
+def test_eos_ids_that_are_none_are_named_with_their_file(eos: object) -> None:
+    for given, file in (
+        (({**OLD_SPELLING, "eos_token_id": eos}, {}), "config.json"),
+        ((OLD_SPELLING, {"eos_token_id": eos}), "generation_config.json"),
+    ):
+        with pytest.raises(ModelError, match=f"{file} has eos_token_id"):
+            ModelConfig.from_hf(*given, directory=Path("/m"))
+
+
+SIZES = [
+    "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "vocab_size",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", SIZES)
+@pytest.mark.parametrize("value", [None, True, 0, -1, 2.0, "2", [2], 10**9, 10**30, float("nan")])
+def test_a_size_of_a_wrong_type_or_range_is_named_with_what_is_expected(
+    key: str, value: object
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        ModelConfig.from_hf({**OLD_SPELLING, key: value}, {}, directory=Path("/m"))
+    for part in ("/m/config.json", key, str(value), "whole number"):
+        assert part in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rms_norm_eps", "1e-6", "a number"),
+        ("rms_norm_eps", -1e-6, "a number"),
+        ("rms_norm_eps", 0, "a number"),
+        ("rms_norm_eps", float("nan"), "a number"),
+        ("rms_norm_eps", True, "a number"),
+        ("tie_word_embeddings", "false", "true or false"),
+        ("tie_word_embeddings", None, "true or false"),
+        ("attention_bias", 0, "False only"),
+        ("torch_dtype", None, "one of float32"),
+        ("torch_dtype", "float8_e4m3fn", "one of float32"),
+        ("torch_dtype", ["bfloat16"], "one of float32"),
+        ("head_dim", 127, "even"),
+        ("num_key_value_heads", 3, "must divide num_attention_heads, 16"),
+        ("num_key_value_heads", 32, "1 to 16"),
+        ("rope_theta", 0, "a number above 1"),
+        ("rope_theta", float("inf"), "a number above 1"),
+        ("rope_theta", 10**400, "a number above 1"),
+        ("rope_theta", "1e6", "a number above 1"),
+        ("rope_scaling", False, "an object"),
+        ("rope_scaling", [], "an object"),
+        ("rope_scaling", {"rope_type": {}}, "rope_type"),
+        ("rope_scaling", {**YARN, "factor": "4"}, "a number"),
+        ("rope_scaling", {**YARN, "factor": -4}, "a number"),
+        ("rope_scaling", {**YARN, "factor": 1e5}, "at most"),
+        ("rope_scaling", {**YARN, "beta_fast": 0}, "a number"),
+        ("rope_scaling", {**YARN, "truncate": 1}, "true or false"),
+        ("rope_scaling", {**YARN, "original_max_position_embeddings": 2.5}, "whole number"),
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_be_is_named_with_what_is_expected(
+    key: str, value: object, words: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        ModelConfig.from_hf({**OLD_SPELLING, key: value}, {})
+    assert words in caught.value.message
+    assert "config.json" in caught.value.message
+    assert len(caught.value.message) < 300
+
+
 def test_a_directory_is_read_with_and_without_a_generation_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(OLD_SPELLING))
     assert ModelConfig.from_directory(tmp_path).eos_token_ids == (151645,)

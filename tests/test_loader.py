@@ -1,6 +1,7 @@
 """Loading weights: every file and tensor that is not as it should be is named."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,12 @@ def test_a_checkpoint_in_many_files_without_an_index_is_loaded_too(sharded: Path
     expected = load(sharded).layers[1].mlp.down_proj.weight
     (sharded / INDEX).unlink()
     assert torch.equal(load(sharded).layers[1].mlp.down_proj.weight, expected)
+
+
+def test_a_checkpoint_whose_path_is_not_utf_8_is_loaded_too(checkpoint: Path) -> None:
+    expected = load(checkpoint).norm.weight
+    named = checkpoint.rename(checkpoint.with_name(os.fsdecode(b"mod\xe9l")))
+    assert torch.equal(load(named).norm.weight, expected)
 
 
 def test_files_that_the_index_does_not_name_are_left_alone(sharded: Path) -> None:
