@@ -207,6 +207,18 @@ def as_text(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
+def in_utf8(directory: Path) -> Path:
+    """Return a name of the directory that libraries in Rust take too: they know no other names.
+
+    Where its own is not UTF-8, it is held open to the end of this process, and named by that.
+    """
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        return Path(f"/proc/{os.getpid()}/fd/{os.open(directory, os.O_PATH | os.O_CLOEXEC)}")
+    return directory
+
+
 def printable(text: str) -> str:
     """Return the text with its control characters escaped: safe for a terminal, and one line."""
     return _UNPRINTABLE.sub(lambda found: _escaped(found.group()), text)

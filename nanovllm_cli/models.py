@@ -9,6 +9,7 @@ from typing import Any
 from nanovllm_cli.core.errors import ModelError, UserError
 
 from .exit_code import CommandError, ExitCode
+from .files import in_utf8
 
 SHORT_NAMES = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
 # Weights are safetensors only, so nothing else is ever fetched.
@@ -27,9 +28,9 @@ def resolve_model(
     shows_progress: of a download, with bars, where stderr is a terminal. Raises CommandError
     NOT_FOUND with what was tried.
     """
-    directory = Path(name).expanduser()
+    directory = Path(os.path.expanduser(name))  # of pathlib, no passwd entry is an error
     if directory.is_dir():
-        return directory
+        return in_utf8(directory)
     repository, _, inline_revision = name.partition("@")
     revision = inline_revision or revision
     if repository in SHORT_NAMES:
