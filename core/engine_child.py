@@ -38,6 +38,9 @@ _GOODBYE_SECONDS = 5.0
 _KILL_SECONDS = 10.0
 _END_SECONDS = 0.5  # from the end of its connection to its own
 _POLL_SECONDS = 0.002
+# Killed by the kernel, or ended by a library that got no memory, or by Python's imports.
+_ENDS_FOR_MEMORY = (-signal.SIGKILL, -signal.SIGABRT, 1)
+_MEMORY_HINT = "It may have got too little memory (ulimit -v, the container's limit)."
 _HINT = "The system's log (dmesg) may say why. The same command may be tried again."
 
 
@@ -161,7 +164,9 @@ class EngineChild:
             time.sleep(_POLL_SECONDS)
 
     def _end_as_exception(self) -> EngineDied:
-        return EngineDied(f"the engine {how_it_ended(self._process.returncode)}", _HINT)
+        code = self._process.returncode
+        hint = _HINT if code not in _ENDS_FOR_MEMORY else f"{_MEMORY_HINT} {_HINT}"
+        return EngineDied(f"the engine {how_it_ended(code)}", hint)
 
 
 def as_exception(error: dict[str, Any]) -> UserError:

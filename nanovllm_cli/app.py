@@ -20,7 +20,7 @@ from .bench_command import bench_command
 from .exit_code import ExitCode
 from .generate_command import generate_command
 from .merge_command import merge_command
-from .run_job import end_for_closed_pipe, exit_code_of, report, run_job
+from .run_job import end_for_closed_pipe, report, report_error, run_job
 from .score_command import score_command
 from .settings import option
 
@@ -73,16 +73,29 @@ def doctor_command(
     raise typer.Exit(run_job(job, debug=debug))
 
 
+def _fill_standard_descriptors() -> None:
+    """Let no file of a job become standard input, output or error, where one of these is closed.
+
+    What a library prints would go into it. For Python they stay closed: sys.stdin is None.
+    """
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        os.set_inheritable(descriptor, True)
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+
+
 def main() -> NoReturn:
     """The `nanovllm` command."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback before a job and after it
+    _fill_standard_descriptors()
     if sys.stderr is None:  # closed (2>&-); what is meant for it must not go to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         exit_code = app(standalone_mode=False)
     except UserError as error:  # of --config, before a command runs
-        exit_code = report(error.message, error.hint, exit_code_of(error))
+        exit_code = report_error(error)
     except SystemExit:  # click's and rich's answer to a closed pipe; a command raises typer.Exit
         exit_code = end_for_closed_pipe()
     except OSError as error:  # of --help: what a job raises ends in run_job
@@ -90,7 +103,7 @@ def main() -> NoReturn:
     except Exception as error:
         # Typer's usage errors have a base class that differs between its versions.
         if not hasattr(error, "format_message"):
-            raise
+            sys.exit(report_error(error))
         hint = "nanovllm --help lists the commands, nanovllm COMMAND --help its flags."
         message = error.format_message()
         if possibilities := getattr(error, "possibilities", None):

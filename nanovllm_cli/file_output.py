@@ -65,7 +65,7 @@ class FileOutput:
         self._input = xxhash.xxh3_64()  # of the keys of all rows watched
         self._finished: JobRecord | None = None
 
-        for path in self._paths.all:
+        for path, _ in self._paths.all:
             if path != self._path:  # which is read, and replaced; the others are written as well
                 check_own(path)
         record = JobRecord.parse(read_own(self._stats_path))

@@ -55,11 +55,13 @@ def output_lock(
                 raise _locked(output, path)
             time.sleep(min(_POLL_SECONDS, max(give_up - time.monotonic(), 0.0)))
     try:
+        whats = ("partial", "stats.json", "errors.jsonl")
+        remove_left(
+            [output, *(beside(output, what) for what in whats)]
+        )  # a full disk has room then
         with io_errors(path):
             os.ftruncate(descriptor, 0)
             write_whole(descriptor, _this_process().encode())
-        whats = ("partial", "stats.json", "errors.jsonl")
-        remove_left([output, *(beside(output, what) for what in whats)])
         yield
     except BaseException:
         with suppress(OSError):

@@ -45,7 +45,7 @@ def merge(options: MergeOptions) -> ExitCode:
     """Write the output, its errors and its stats; raises CommandError for shards that differ."""
     output = Path(options.output)
     errors = beside(output, "errors.jsonl")
-    for path in OutputPaths.of(options.output).all:
+    for path, _ in OutputPaths.of(options.output).all:
         if path != output:
             check_own(path)
     if os.path.lexists(output) and not options.overwrite:

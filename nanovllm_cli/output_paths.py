@@ -54,20 +54,20 @@ class OutputPaths:
         return [path for path in named if path is not None]
 
     @property
-    def all(self) -> dict[Path, str]:
+    def all(self) -> list[tuple[Path, str]]:
         """Every file that the job may write, with what it is called in a message."""
-        files: dict[Path, str] = {}
+        files: list[tuple[Path, str]] = []
         if self.output is not None:
-            files[self.output] = "the output"
+            files.append((self.output, "the output"))
             for what in _BESIDE_OUTPUT[1:]:
                 path = beside(self.output, what)
-                files[path] = f"{path.name}, which lies beside the output"
+                files.append((path, f"{path.name}, which lies beside the output"))
         if self.errors is not None:
-            files[self.errors] = "the errors file"
+            files.append((self.errors, "the errors file"))
             if self.is_errors_named:
                 for what in _BESIDE_ERRORS:
                     path = beside(self.errors, what)
-                    files[path] = f"{path.name}, which lies beside the errors file"
+                    files.append((path, f"{path.name}, which lies beside the errors file"))
         return files
 
 
@@ -122,14 +122,12 @@ def check_distinct(
     """
     written = paths.all
     if metrics is not None:
-        if metrics in written:
-            raise _same(metrics, "the file of --metrics-file", written[metrics])
-        written[metrics] = "the file of --metrics-file"
+        written.append((metrics, "the file of --metrics-file"))
     known: dict[tuple[object, ...], tuple[Path, str]] = {}
-    for path, what in written.items():
+    for path, what in written:
         for key in _keys_of(path, is_case_folded=True):
             other = known.setdefault(key, (path, what))
-            if other[0] != path:
+            if other != (path, what):
                 raise _same(path, what, other[1])
     stream = _key_of_stream(1) if paths.output is None else None
     if stream is not None:
@@ -203,7 +201,7 @@ def _key_of_stream(number: int) -> tuple[object, ...] | None:
 
 def _check_length(path: Path, ends: Iterable[str]) -> None:
     directory = path.parent
-    while not directory.is_dir() and directory != directory.parent:
+    while not os.path.isdir(directory) and directory != directory.parent:
         directory = directory.parent
     limit = os.pathconf(directory, "PC_NAME_MAX")
     names = [(path.name, 0)] + [(beside(path, end).name, len(end) + 1) for end in ends]

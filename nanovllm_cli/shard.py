@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from nanovllm_cli.core.errors import UserError
 
+_MAX_DIGITS = 9
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
@@ -19,10 +21,13 @@ class Shard:
     def parse(cls, text: str) -> "Shard":
         """From i/N with 1 <= i <= N; raises UserError."""
         first, slash, count = text.partition("/")
-        if slash and first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count):
+        is_short = len(first) <= _MAX_DIGITS >= len(count)
+        is_number = slash and first.isdecimal() and count.isdecimal() and is_short
+        if is_number and 1 <= int(first) <= int(count):
             return cls(index=int(first) - 1, count=int(count))
         raise UserError(
-            f"--shard is {text!r}; it must be i/N with 1 <= i <= N",
+            f"--shard is {text!r}; it must be i/N with 1 <= i <= N, of at most {_MAX_DIGITS} "
+            "digits",
             "1/8 to 8/8 are the shards of 8.",
         )
 

@@ -6,11 +6,13 @@ it. `python -m tests.kill_driver HOW INPUT OUTPUT NUMBER [MUTANT]`; HOW is
     random    NUMBER kills at random moments
     calls     a kill before, and one in the middle of, every system call that changes a file
     full      a disk that is full after each of NUMBER sizes
+    pairs     NUMBER times two runs at once, with locks that do not lock
 
 The last line on stdout is a JSON object. MUTANT breaks one habit of the writer, so that a test can
 see that its breaking is found.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -96,7 +98,17 @@ class Findings:
     def __init__(self, expected: tuple[bytes | None, bytes | None]) -> None:
         self.expected = expected
         self.counts = dict.fromkeys(
-            ("kills", "full", "jobs", "differing", "half_visible", "failed_runs", "left_files"), 0
+            (
+                "kills",
+                "full",
+                "lost",
+                "jobs",
+                "differing",
+                "half_visible",
+                "failed_runs",
+                "left_files",
+            ),
+            0,
         )
 
     def after_kill(self, output: Path) -> None:
@@ -216,10 +228,41 @@ def on_full_disks(
         findings.after_end(output, ended(forked(lambda: run(options, seed=2, step_seconds=0.0))))
 
 
+def in_pairs(options: GenerateOptions, output: Path, findings: Findings, number: int) -> None:
+    """Of two runs at once both may lose; whoever ends well has left the right file."""
+    chance = random.Random(9)
+
+    def body(seed: int, wait: float, step_seconds: float) -> int:
+        fcntl.flock = lambda descriptor, operation: None  # type: ignore[assignment]
+        time.sleep(wait)
+        try:
+            return run(options, seed=seed, step_seconds=step_seconds)
+        except CommandError as error:
+            return int(error.exit_code)
+
+    for _ in range(number):
+        clear(output)
+        longest = chance.choice((0.0, 0.02, 0.1, 0.3))
+        children = []
+        for _ in range(2):
+            wait, step_seconds = chance.random() * longest, chance.choice((0.0, 0.001, 0.003))
+            seed = chance.randrange(2**30)
+            children.append(forked(lambda s=seed, w=wait, t=step_seconds: body(s, w, t)))  # type: ignore[misc]
+        codes = [ended(child) for child in children]
+        findings.counts["lost"] += codes.count(75)
+        findings.counts["failed_runs"] += any(code not in (3, 75) for code in codes)
+        for found, whole in zip(results(output), findings.expected, strict=True):
+            findings.counts["half_visible"] += found is not None and found != whole
+            findings.counts["differing"] += 3 in codes and found != whole
+        findings.after_end(output, ended(forked(lambda: run(options, seed=2, step_seconds=0.0))))
+
+
 def mutate(name: str) -> None:
     """Break one habit."""
     if name == "no_crc":
         journal._parse_record = lambda line: _parse_without_crc(line)  # type: ignore[assignment]
+    elif name == "no_owner":
+        journal.Journal.check_owner = lambda self: None  # type: ignore[method-assign]
     elif name == "no_rename":
 
         @contextmanager
@@ -255,6 +298,8 @@ def main(how: str, source: Path, output: Path, number: int, *mutants: str) -> No
         at_random_moments(options, output, findings, number)
     elif how == "full":
         on_full_disks(options, output, findings, number)
+    elif how == "pairs":
+        in_pairs(options, output, findings, number)
     else:
         in_every_call(options, output, findings)
     print(json.dumps(findings.counts))
