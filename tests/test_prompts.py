@@ -169,7 +169,8 @@ def test_a_template_needs_names_and_balanced_braces(template: str) -> None:
     "name", ["a:b", "c_customer_sk:", "a.b", "0", "a!r", "a[0]", "a b", "a{", "\n", "\u4f60", "||"]
 )
 def test_a_template_can_name_any_column(name: str) -> None:
-    template = "<{%s}>" % name.replace("|", "||")
+    field = name.replace("|", "||")
+    template = f"<{{{field}}}>"
     assert good({name: "x"}, template=template).text == "<x>"
     error = bad("template_error", {"other": 1}, template=template).message
     assert error.startswith(f"the template's column {name!r} is not among")
