@@ -80,7 +80,7 @@ def test_a_change_is_an_error_that_says_what_has_changed(name: str, change: str,
     assert caught.value.exit_code == ExitCode.INPUT_UNUSABLE
     what = expected.format(before=len(CONTENTS[name]), after=after)
     assert caught.value.message == f"{name} has changed since this run began to read it: {what}"
-    assert "rows that are done are kept" in str(caught.value.hint)
+    assert "run the same line again" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", CONTENTS)
