@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import os
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -446,3 +447,44 @@ def test_inputs_that_have_changed_since_they_were_read_are_not_written(tmp_path:
         with pytest.raises(CommandError, match="has changed since this run") as caught:
             written(tmp_path / "out.parquet", lines, sources)
         assert caught.value.exit_code == ExitCode.INPUT_UNUSABLE
+
+
+def some_value(rng: random.Random, depth: int = 0) -> Any:
+    kind = rng.randrange(10 if depth < 3 else 7)
+    if kind < 7:
+        large = rng.choice((2**53 + 1, -(2**53) - 1, 2**60, 2**63, -(2**63), 7))
+        return (None, True, False, large, rng.randrange(9), 0.5, "x")[kind]
+    items = [some_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return items if kind == 7 else dict(zip("abcd", items, strict=False))
+
+
+def is_kept(given: Any, found: Any, *, is_text: bool) -> bool:
+    """Whether it is the same, a struct's missing fields null, and a number equal and no bool."""
+    if found is None or given is None:
+        return given is found
+    if is_text and not isinstance(given, str):
+        return repr(orjson.loads(found)) == repr(given)
+    if isinstance(given, dict):
+        names = {**given, **found}
+        return all(is_kept_or_text(given.get(name), found.get(name)) for name in names)
+    if isinstance(given, list):
+        return len(given) == len(found) and all(map(is_kept_or_text, given, found))
+    return bool(given == found) and isinstance(given, bool) == isinstance(found, bool)
+
+
+def is_kept_or_text(given: Any, found: Any) -> bool:
+    return is_kept(given, found, is_text=isinstance(found, str))
+
+
+def test_random_values_come_back_as_they_were(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    for trial in range(250):
+        kinds = [some_value(rng) for _ in range(rng.choice((1, 2, 3)))]
+        rows = [{"x": rng.choice(kinds), "y": some_value(rng)} for _ in range(rng.randrange(1, 9))]
+        if trial % 50 == 0:
+            rows += [{"x": kinds[0], "y": 0}] * 1024 + [{"x": some_value(rng), "y": 0.5}]
+        found = from_json(tmp_path, rows)
+        for name in found.schema.names:
+            is_text = pa.types.is_string(found.schema.field(name).type)
+            for row, value in zip(rows, found[name].to_pylist(), strict=True):
+                assert is_kept(row[name], value, is_text=is_text), (name, row, value)
