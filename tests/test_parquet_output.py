@@ -28,6 +28,8 @@ from nanovllm_cli.scored_tokens import ScoredToken
 from nanovllm_cli.token_texts import TokenText
 from nanovllm_cli.tool_calls import ToolCall
 
+from .job_folder import JobFolder, good_rows
+
 STDIN = [Source(name="<stdin>", path=None)]
 RESULTS = ["completion", "reasoning", "finish_reason", "usage"]
 
@@ -488,3 +490,14 @@ def test_random_values_come_back_as_they_were(tmp_path: Path) -> None:
             is_text = pa.types.is_string(found.schema.field(name).type)
             for row, value in zip(rows, found[name].to_pylist(), strict=True):
                 assert is_kept(row[name], value, is_text=is_text), (name, row, value)
+
+
+def test_a_job_s_file_says_by_its_fingerprint_how_it_was_made(tmp_path: Path) -> None:
+    found = []
+    for seed in (1, 1, 2):
+        folder = JobFolder(tmp_path / f"job{len(found)}", good_rows(5), "out.parquet")
+        folder.run(seed=seed)
+        metadata = pq.read_schema(folder.output).metadata
+        assert orjson.loads(metadata[b"nanovllm.fingerprint"]) == folder.stats["fingerprint"]
+        found.append(folder.output.read_bytes())
+    assert found[0] == found[1] != found[2]
