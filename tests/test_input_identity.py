@@ -12,6 +12,7 @@ import pytest
 from nanovllm_cli.exit_code import CommandError, ExitCode
 from nanovllm_cli.inputs import find_inputs
 from nanovllm_cli.rows import check_inputs, read_rows
+from nanovllm_cli.shard import Shard
 
 from .fake_engine import FakeEngine
 from .input_files import COLUMNS, COMPRESS, LINES, parquet
@@ -180,3 +181,22 @@ def test_an_output_in_the_directory_of_its_input_is_done_once(
     if not name.endswith(".parquet"):
         append(folder.input)
         assert folder.run(inputs=inputs, errors=errors, allow_errors=True)[1] == 1
+
+
+def test_shards_that_are_written_into_the_directory_of_their_input_do_not_read_each_other(
+    tmp_path: Path,
+) -> None:
+    folder = JobFolder(tmp_path / "job", good_rows(20))
+    inputs = [str(folder.path)]
+    for index in range(3):
+        output = str(folder.path / f"a-{index}.jsonl")
+        folder.run(inputs=inputs, output=output, shard=Shard(index=index, count=3))
+    lines = [path.read_bytes().splitlines() for path in folder.path.glob("a-?.jsonl")]
+    assert sum(map(len, lines)) == 20
+    # What a job has made of another directory is a job's input like any other.
+    (tmp_path / "next").mkdir()
+    folder.run(inputs=inputs, output=str(tmp_path / "next" / "in.jsonl"))
+    code, num_added = folder.run(
+        inputs=[str(tmp_path / "next")], output=str(tmp_path / "next" / "out.jsonl")
+    )
+    assert (code, num_added) == (0, 20)
