@@ -92,8 +92,10 @@ class InputFile:
         assert self.source.path is not None, "stdin has no identity"
         try:
             found = [os.fstat(self._file.fileno()), os.stat(self.source.path)]
-        except OSError:
+        except FileNotFoundError:
             return _changed(self.source, "it was removed")
+        except OSError as error:
+            return _changed(self.source, f"it cannot be looked at any more: {error.strerror}")
         changes = (first.change_to(Identity.of(each)) for each in found)
         change = next((change for change in changes if change is not None), None)
         return None if change is None else _changed(self.source, change)
@@ -169,7 +171,8 @@ def _check_identity(source: Source, found: os.stat_result) -> None:
 def _changed(source: Source, what: str) -> CommandError:
     return unusable(
         f"{source.name} has changed since this run began to read it: {what}",
-        "Let what writes it finish, and run the same line again: rows that are done are kept.",
+        "Let what writes it finish, and run the same line again. With -o FILE, rows that are done "
+        "are kept.",
     )
 
 

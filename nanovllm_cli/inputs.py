@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import json
 import os
 import re
 import sys
@@ -92,12 +93,12 @@ def _paths_of(argument: str, own: _OwnFiles) -> list[str]:
     if os.path.isdir(argument):
         names = sorted(filter(_is_input, glob.glob("*", root_dir=argument)))
         paths = [os.path.join(argument, name) for name in names]
-        paths = [path for path in paths if not own.has(path)]
+        paths = [path for path in paths if not own.has(path) and not _is_made_of(argument, path)]
         missing = "there is no input file in the directory"
         hint = (
             "Looked for *.jsonl, *.ndjson, *.json and *.parquet, also with .gz or .zst, but not "
-            "for the job's own output, nor for *.errors.jsonl and *.stats.json, which lie beside "
-            "an output."
+            "for outputs that were made of this directory, nor for *.errors.jsonl and "
+            "*.stats.json, which lie beside an output."
         )
     elif os.path.exists(argument):
         paths, missing = [argument], ""
@@ -129,6 +130,20 @@ def _paths_of(argument: str, own: _OwnFiles) -> list[str]:
         tried = os.path.abspath(argument) if argument else "''"
         raise CommandError(f"{missing} {tried}", hint, exit_code=ExitCode.NOT_FOUND)
     return files
+
+
+def _is_made_of(directory: str, path: str) -> bool:
+    """Whether `path` is an output of a job that had `directory` for an input: another shard's."""
+    stats = f"{path}.stats.json"
+    if not os.path.isfile(stats):  # a pipe would wait
+        return False
+    try:
+        with open(stats, "rb") as file:
+            inputs = json.load(file)["inputs"]
+        given = [_device_and_inode(name) for name in inputs if name != "-"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return _device_and_inode(directory) in given
 
 
 def _is_input(name: str) -> bool:

@@ -20,7 +20,7 @@ from .input_file import InputFile, unusable
 _BATCH_ROWS = 256
 _PROBE_ROWS = 4  # of each row group
 _LARGE_ROW_BYTES = 1 << 16
-_LARGE_BATCH_ROWS = 64
+_LARGE_BATCH_ROWS = 16
 _LARGE_BATCH_BYTES = 64 << 20
 _BUFFER_BYTES = 1 << 20
 

@@ -101,3 +101,10 @@ def test_no_row_is_lost_and_none_is_read_too_early() -> None:
     assert taken == 100
     assert [row.index for row in tried] == [*range(250)]
     assert list(try_first_rows(iter([]), PromptOptions(prompt_column="x"))) == []
+
+
+def test_a_template_s_column_with_a_default_may_be_missing() -> None:
+    template = "{prompt}{input|}"
+    assert list(try_first_rows(iter(rows_of(GOOD)), PromptOptions(template=template)))
+    refused = refusal(rows_of(GOOD), template="{prompt}{input|}{inptu}")
+    assert refused.message.startswith("--template names the column 'inptu'")

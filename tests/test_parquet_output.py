@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import os
+import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanovllm_cli.exit_code import CommandError, ExitCode
 from nanovllm_cli.inputs import Source, find_inputs
-from nanovllm_cli.output_columns import OutputColumns
+from nanovllm_cli.output_columns import SCORE_COLUMNS, OutputColumns
 from nanovllm_cli.parquet_output import write_parquet
 from nanovllm_cli.prompt_options import PromptOptions
 from nanovllm_cli.prompts import Prompt, to_prompt
 from nanovllm_cli.results import result_line
-from nanovllm_cli.rows import Row, read_rows
+from nanovllm_cli.rows import Row, check_inputs, read_rows
 from nanovllm_cli.samples import Sample
 from nanovllm_cli.scored_tokens import ScoredToken
 from nanovllm_cli.token_texts import TokenText
 from nanovllm_cli.tool_calls import ToolCall
+
+from .job_folder import JobFolder, good_rows
 
 STDIN = [Source(name="<stdin>", path=None)]
 RESULTS = ["completion", "reasoning", "finish_reason", "usage"]
@@ -353,3 +357,147 @@ def test_a_pipe_that_was_read_is_not_opened_again(tmp_path: Path) -> None:
     writer.join(30)
     assert not writer.is_alive()
     assert pq.read_table(tmp_path / "o.parquet").column("number").to_pylist() == [1]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [True, 0.5],
+        [0.5, True, None],
+        [[1.0], [False]],
+        [{"a": 0.5}, {"a": True}],
+        [{"a": [{"b": 0.5}, {"b": None}]}, {"a": [{"b": False}]}],
+        [2**53 + 1] * 1024 + [0.5],
+        [[2**53 + 1]] * 1024 + [[0.5]],
+        [0.5] * 1024 + [-(2**53) - 1],
+    ],
+    ids=lambda values: str(values[-1]),
+)
+def test_values_that_one_type_would_change_are_json_text(values: Any, tmp_path: Path) -> None:
+    found = from_json(tmp_path, [{"x": value} for value in values])
+    assert pa.types.is_string(found.schema.field("x").type)
+    read = [None if text is None else orjson.loads(text) for text in found["x"].to_pylist()]
+    assert repr(read) == repr(values)
+
+
+def test_values_that_are_equal_in_one_type_keep_it(tmp_path: Path) -> None:
+    values = [1, 0.5, None, -3]
+    found = from_json(tmp_path, [{"x": value} for value in values])
+    assert found["x"].type == pa.float64()
+    assert found["x"].to_pylist() == values
+    vectors = from_json(tmp_path, [{"x": [1, 0.5]}, {"x": [2.5, None]}])
+    assert vectors["x"].type == pa.list_(pa.float64())
+    assert vectors["x"].to_pylist() == [[1.0, 0.5], [2.5, None]]
+
+
+def test_row_groups_are_large_and_compressed_and_the_bytes_the_same(tmp_path: Path) -> None:
+    num_rows = (1 << 16) + 5
+    lines = [(n, b'{"prompt":"p%d","completion":"c"}' % n) for n in range(num_rows)]
+    for name in ("a", "b"):
+        write_parquet(
+            tmp_path / name, lambda: iter(lines), STDIN, OutputColumns(), {"nanovllm.x": "y"}
+        )
+    metadata = pq.ParquetFile(tmp_path / "a").metadata
+    groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
+    assert [group.num_rows for group in groups] == [1 << 16, 5]
+    assert {group.column(at).compression for group in groups for at in range(2)} == {"ZSTD"}
+    assert metadata.metadata[b"nanovllm.x"] == b"y"
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert pq.read_table(tmp_path / "a")["prompt"].to_pylist()[-1] == f"p{num_rows - 1}"
+
+
+def test_a_row_group_is_bounded_in_bytes(tmp_path: Path) -> None:
+    text = b"x" * (1 << 20)
+    lines = [(n, b'{"prompt":"%s"}' % text) for n in range(200)]
+    write_parquet(tmp_path / "out.parquet", lambda: iter(lines), STDIN, OutputColumns())
+    metadata = pq.ParquetFile(tmp_path / "out.parquet").metadata
+    sizes = [metadata.row_group(at).num_rows for at in range(metadata.num_row_groups)]
+    assert sum(sizes) == 200
+    assert 100 < sizes[0] < 150
+
+
+@pytest.mark.parametrize("from_parquet", [False, True])
+def test_without_rows_there_are_typed_columns(from_parquet: bool, tmp_path: Path) -> None:
+    sources = STDIN
+    if from_parquet:
+        pq.write_table(typed_table(0), tmp_path / "in.parquet")
+        sources = find_inputs([str(tmp_path / "in.parquet")])
+    found = written(tmp_path / "out.parquet", [], sources)
+    given = typed_table(0).schema.names if from_parquet else []
+    assert found.schema.names == [*given, *RESULTS]
+    assert found.schema.field("completion").type == pa.string()
+    assert found.schema.field("usage").type.num_fields == 2
+    if from_parquet:
+        kept = [found.schema.field(name).type for name in given]
+        assert kept == [field.type for field in typed_table(0).schema]
+    score = OutputColumns(results=SCORE_COLUMNS)
+    write_parquet(tmp_path / "score.parquet", lambda: iter(()), sources, score)
+    names = pq.read_schema(tmp_path / "score.parquet").names
+    assert names == [*given, "logprob", "num_scored_tokens", "perplexity", "is_greedy"]
+
+
+def test_inputs_that_have_changed_since_they_were_read_are_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    for change in ("replaced", "shorter"):
+        pq.write_table(pa.table({"prompt": ["a", "b", "c"], "x": [1, 2, 3]}), path)
+        sources = find_inputs([str(path)])
+        assert check_inputs(sources) == 3
+        lines = complete(sources)
+        path.unlink()
+        rows = 3 if change == "replaced" else 1
+        pq.write_table(pa.table({"prompt": ["z"] * rows, "x": [9] * rows}), path)
+        with pytest.raises(CommandError, match="has changed since this run") as caught:
+            written(tmp_path / "out.parquet", lines, sources)
+        assert caught.value.exit_code == ExitCode.INPUT_UNUSABLE
+
+
+def some_value(rng: random.Random, depth: int = 0) -> Any:
+    kind = rng.randrange(10 if depth < 3 else 7)
+    if kind < 7:
+        large = rng.choice((2**53 + 1, -(2**53) - 1, 2**60, 2**63, -(2**63), 7))
+        return (None, True, False, large, rng.randrange(9), 0.5, "x")[kind]
+    items = [some_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return items if kind == 7 else dict(zip("abcd", items, strict=False))
+
+
+def is_kept(given: Any, found: Any, *, is_text: bool) -> bool:
+    """Whether it is the same, a struct's missing fields null, and a number equal and no bool."""
+    if found is None or given is None:
+        return given is found
+    if is_text and not isinstance(given, str):
+        return repr(orjson.loads(found)) == repr(given)
+    if isinstance(given, dict):
+        names = {**given, **found}
+        return all(is_kept_or_text(given.get(name), found.get(name)) for name in names)
+    if isinstance(given, list):
+        return len(given) == len(found) and all(map(is_kept_or_text, given, found))
+    return bool(given == found) and isinstance(given, bool) == isinstance(found, bool)
+
+
+def is_kept_or_text(given: Any, found: Any) -> bool:
+    return is_kept(given, found, is_text=isinstance(found, str))
+
+
+def test_random_values_come_back_as_they_were(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    for trial in range(250):
+        kinds = [some_value(rng) for _ in range(rng.choice((1, 2, 3)))]
+        rows = [{"x": rng.choice(kinds), "y": some_value(rng)} for _ in range(rng.randrange(1, 9))]
+        if trial % 50 == 0:
+            rows += [{"x": kinds[0], "y": 0}] * 1024 + [{"x": some_value(rng), "y": 0.5}]
+        found = from_json(tmp_path, rows)
+        for name in found.schema.names:
+            is_text = pa.types.is_string(found.schema.field(name).type)
+            for row, value in zip(rows, found[name].to_pylist(), strict=True):
+                assert is_kept(row[name], value, is_text=is_text), (name, row, value)
+
+
+def test_a_job_s_file_says_by_its_fingerprint_how_it_was_made(tmp_path: Path) -> None:
+    found = []
+    for seed in (1, 1, 2):
+        folder = JobFolder(tmp_path / f"job{len(found)}", good_rows(5), "out.parquet")
+        folder.run(seed=seed)
+        metadata = pq.read_schema(folder.output).metadata
+        assert orjson.loads(metadata[b"nanovllm.fingerprint"]) == folder.stats["fingerprint"]
+        found.append(folder.output.read_bytes())
+    assert found[0] == found[1] != found[2]

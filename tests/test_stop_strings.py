@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from nanovllm_cli.stop_strings import StopStrings
@@ -121,3 +122,35 @@ def test_the_cost_of_an_update_does_not_grow_with_the_text(hugging_face: Any) ->
     for _ in range(2000):
         watcher.add([87, 88])
     assert max(num_decoded) < 20
+
+
+def metaspace_tokenizer() -> Tokenizer:
+    """As Llama's and T5's: a blank is U+2581 in a token's name, and the first one is no text."""
+    names = ["<unk>", "\u2581", "\u2581a", "\u2581b", "a", "b", "c", "\u2581c", "</s>"]
+    model = models.Unigram([(name, -1.0 - at) for at, name in enumerate(names)], unk_id=0)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def test_stop_strings_with_blanks_are_seen_where_a_first_blank_is_left_out() -> None:
+    made = metaspace_tokenizer()
+    assert made.decode([1]) == ""
+    rng = random.Random(1)
+    num_found = 0
+    for _ in range(300):
+        ids = [2, *rng.choices(range(1, 9), k=30)]
+        text = made.decode(ids)
+        begin = rng.randrange(1, len(text))
+        stop = (text[begin : begin + rng.choice((2, 3, 5))],)
+        ends = (end for end in range(1, len(ids) + 1) if stop[0] in made.decode(ids[:end]))
+        expected = next(ends, None)
+        num_found += expected is not None
+        for update in ([[token_id] for token_id in ids], pieces(rng, ids), [ids]):
+            watcher = StopStrings(stop, made.decode)
+            assert found_in(update, watcher) == (expected is not None), (stop, ids)
+            if expected is not None:
+                assert watcher.matched_token_ids == ids[:expected]
+    assert num_found == 300
