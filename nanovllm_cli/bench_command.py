@@ -7,6 +7,7 @@ import typer
 from nanovllm_cli.core.config import EngineConfig
 
 from . import flags
+from .capacity import check_job_fits
 from .exit_code import ExitCode
 from .options import DEFAULT_MODEL
 from .run_job import run_job
@@ -85,9 +86,6 @@ def bench_command(
     """
 
     def job() -> ExitCode:
-        from .bench import bench
-        from .bench_options import BenchOptions
-
         engine = EngineConfig(
             dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
             max_model_len=max_model_len,
@@ -103,6 +101,11 @@ def bench_command(
             max_window_steps=max_window_steps,
             num_threads=num_threads,
         )
+        if data_parallel_size >= 1:
+            check_job_fits(engine, data_parallel_size, model)
+        from .bench import bench
+        from .bench_options import BenchOptions
+
         return bench(
             BenchOptions(
                 model=model,

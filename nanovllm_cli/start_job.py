@@ -5,6 +5,7 @@ Imports nothing slow before the output's lock is held: whoever comes second is t
 
 from nanovllm_cli.core.errors import UserError
 
+from .capacity import check_job_fits
 from .exit_code import ExitCode
 from .lock import output_locks
 from .options import GenerateOptions
@@ -21,13 +22,14 @@ def start_job(
         from .dry_run import dry_run as run
 
         return run(options)
+    if single_process and options.data_parallel_size > 1:
+        raise UserError(
+            f"--data-parallel-size is {options.data_parallel_size}, with --single-process",
+            "Leave out one of them: each engine needs a process.",
+        )
+    check_job_fits(options.engine, options.data_parallel_size, options.model)
     with output_locks(options):
         if single_process:
-            if options.data_parallel_size > 1:
-                raise UserError(
-                    f"--data-parallel-size is {options.data_parallel_size}, with --single-process",
-                    "Leave out one of them: each engine needs a process.",
-                )
             from .pipeline import generate
 
             return generate(options, signals=signals)
