@@ -4,10 +4,7 @@ from pathlib import Path
 
 import typer
 
-from nanovllm_cli.core.config import EngineConfig
-
 from . import flags
-from .capacity import check_job_fits
 from .exit_code import ExitCode
 from .options import DEFAULT_MODEL
 from .run_job import run_job
@@ -86,21 +83,23 @@ def bench_command(
     """
 
     def job() -> ExitCode:
-        engine = EngineConfig(
-            dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        engine = flags.engine_config(
+            dtype=dtype,
             max_model_len=max_model_len,
-            device=device,  # type: ignore[arg-type]  # likewise
+            device=device,
             tensor_parallel_size=tensor_parallel_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             gpu_memory_utilization=gpu_memory_utilization,
-            attention_backend=attention_backend,  # type: ignore[arg-type]  # likewise
+            attention_backend=attention_backend,
             enforce_eager=enforce_eager,
             block_size=block_size,
             enable_prefix_caching=not no_prefix_caching,
             max_window_steps=max_window_steps,
             num_threads=num_threads,
         )
+        from .capacity import check_job_fits  # not for --help
+
         if data_parallel_size >= 1:
             check_job_fits(engine, data_parallel_size, model)
         from .bench import bench

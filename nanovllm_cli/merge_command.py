@@ -7,6 +7,7 @@ from nanovllm_cli.core.errors import UserError
 from . import flags
 from .exit_code import ExitCode
 from .lock import output_lock
+from .output_format import check_output_name
 from .output_paths import OutputPaths
 from .run_job import run_job
 from .settings import option
@@ -46,6 +47,7 @@ def merge_command(
     """
 
     def job() -> ExitCode:
+        check_output_name(output)
         path = OutputPaths.of(output).output
         if path is None:
             raise UserError("merge writes a file, not standard output", "Name it with -o.")

@@ -9,12 +9,14 @@ from nanovllm_cli.core.sampling_params import MAX_BAD_WORDS, SamplingParams
 
 from .log import FORMATS
 from .output_columns import RESULT_COLUMNS, SCORE_COLUMNS, OutputColumns
+from .output_format import check_output_name
 from .prompt_options import PromptOptions
 from .setting_values import MAX_SAMPLES, is_bad_words
 from .shard import Shard
 
 DEFAULT_MODEL = "Qwen3-0.6B"
 _MAX_TIMEOUT = 100_000_000  # seconds: three years
+_MAX_ROWS = 2**63 - 1  # that can be counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class GenerateOptions:
     metrics_file: str | None = None
 
     def __post_init__(self) -> None:
+        check_output_name(self.output)
         for name, value, is_good, limit in (
             ("format", self.format, self.format in ("auto", "openai"), "auto or openai"),
             ("n", self.n, 1 <= self.n <= MAX_SAMPLES, f"1 to {MAX_SAMPLES}"),
@@ -89,12 +92,17 @@ class GenerateOptions:
             ),
             ("stop", "''", all(self.stop), "a text that is not empty"),
             ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
-            ("limit", self.limit, self.limit is None or self.limit >= 1, "at least 1"),
+            (
+                "limit",
+                self.limit,
+                self.limit is None or 1 <= self.limit <= _MAX_ROWS,
+                f"1 to {_MAX_ROWS}",
+            ),
             (
                 "max-inflight",
                 self.max_inflight,
-                self.max_inflight is None or self.max_inflight >= 1,
-                "at least 1",
+                self.max_inflight is None or 1 <= self.max_inflight <= _MAX_ROWS,
+                f"1 to {_MAX_ROWS}",
             ),
             (
                 "data-parallel-size",
@@ -102,7 +110,12 @@ class GenerateOptions:
                 self.data_parallel_size >= 1,
                 "at least 1",
             ),
-            ("wait-lock", self.wait_lock, self.wait_lock >= 0, "at least 0"),
+            (
+                "wait-lock",
+                self.wait_lock,
+                0 <= self.wait_lock <= _MAX_TIMEOUT,
+                f"0 to {_MAX_TIMEOUT}",
+            ),
             (
                 "timeout",
                 self.timeout,

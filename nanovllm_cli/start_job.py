@@ -5,7 +5,6 @@ Imports nothing slow before the output's lock is held: whoever comes second is t
 
 from nanovllm_cli.core.errors import UserError
 
-from .capacity import check_job_fits
 from .exit_code import ExitCode
 from .lock import output_locks
 from .options import GenerateOptions
@@ -27,6 +26,8 @@ def start_job(
             f"--data-parallel-size is {options.data_parallel_size}, with --single-process",
             "Leave out one of them: each engine needs a process.",
         )
+    from .capacity import check_job_fits  # not for --help
+
     check_job_fits(options.engine, options.data_parallel_size, options.model)
     with output_locks(options):
         if single_process:
