@@ -11,6 +11,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 from typing import Any, NoReturn
 
@@ -40,7 +41,11 @@ def run_worker(
         channel.send(error_kind, encode_json(_describe(error)))
         channel.flush_all(_LAST_WORDS_SECONDS)
     # There is nothing to tidy up, and taking torch apart takes as long as importing it.
-    sys.stderr.flush()
+    # What was printed, though: a pipe or a file behind stdout is written in blocks.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader has left, or it is closed
+            if stream is not None:
+                stream.flush()
     os._exit(exit_code)
 
 

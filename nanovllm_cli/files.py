@@ -4,11 +4,20 @@ Imports nothing slow: the lock is taken before torch is imported.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .exit_code import CommandError, ExitCode
+
+# C0, DEL, C1; marks and controls of direction; separators of lines; undecodable bytes of names.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_UNPRINTABLE_IN_JSON = re.compile(
+    r"[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"  # JSON has escaped the others
+)
 
 
 def create_file(path: Path, *, private: bool) -> int:
@@ -54,6 +63,21 @@ def write_whole(descriptor: int, data: bytes) -> None:
 def as_text(name: str) -> str:
     """A file's name as valid Unicode: what JSON can hold, and close to what it is."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def printable(text: str) -> str:
+    """Return the text with its control characters escaped: safe for a terminal, and one line."""
+    return _UNPRINTABLE.sub(lambda found: _escaped(found.group()), text)
+
+
+def printable_json(line: bytes) -> bytes:
+    """Return a line of JSON that means the same and has no control character as it stands."""
+    text = line.decode()
+    return _UNPRINTABLE_IN_JSON.sub(lambda found: f"\\u{ord(found.group()):04x}", text).encode()
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from .files import as_text
+from .files import printable
 
 Level = Literal["info", "warning", "error"]
 FORMATS = ("text", "json")
@@ -27,11 +27,15 @@ class Log:
         hint: str | None = None,
         **facts: Any,
     ) -> None:
-        """One line, in JSON with `facts` beside it; a hint is a paragraph of its own in text."""
+        """One line, in JSON with `facts` beside it; a hint is a paragraph of its own in text.
+
+        Names and rows in it may hold anything: what a terminal would obey is escaped.
+        """
+        message, hint = printable(message), printable(hint) if hint else None
         if self.is_json:
             time = datetime.now(UTC).isoformat(timespec="milliseconds")
-            entry = {"time": time, "level": level, "event": event, "message": as_text(message)}
-            text = json.dumps({**entry, **({"hint": as_text(hint)} if hint else {}), **facts})
+            entry = {"time": time, "level": level, "event": event, "message": message}
+            text = json.dumps({**entry, **({"hint": hint} if hint else {}), **facts})
         else:
             prefix = "" if level == "info" else f"{level}: "
             text = f"{prefix}{message}" + (f"\n\nhint: {hint}" if hint else "")

@@ -625,7 +625,10 @@ def test_a_parents_sigkill_leaves_no_orphan(kind: str, num_trials: int, tmp_path
         wait_until(lambda pid=pid: not is_running(pid), 2.0)  # type: ignore[misc]
 
 
-def test_what_the_process_prints_is_not_among_the_jobs_data(tmp_path: Path) -> None:
+def test_what_the_process_prints_is_not_among_the_jobs_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # as in a new user's shell
     parent, _ = start_parent("fake", tmp_path, 9, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     stdout, stderr = parent.communicate(timeout=LONGEST_SECONDS)
     assert (parent.returncode, stdout) == (0, b"")
