@@ -33,8 +33,9 @@ from .metrics_file import MetricsFile
 from .models import default_sampling, resolve_model
 from .options import GenerateOptions
 from .output import JobOutput, open_output
-from .output_paths import OutputPaths
+from .output_paths import OutputPaths, beside
 from .placement import parallel_notes
+from .process_clock import process_start
 from .progress import Progress
 from .rows import BadRow, Row, check_inputs, read_rows
 from .signals import Signals, Stopped
@@ -67,11 +68,12 @@ def generate(
 
     Raises UserError for what ends it as a whole, and Stopped.
     """
-    totals, signals = Totals(is_score=options.prompt.is_score), signals or Signals()
+    totals, signals = _new_totals(options), signals or Signals()
     progress = Progress(
         totals,
         Log(options.log_format),
         quiet=options.quiet,
+        is_stdout=options.output == "-",
         metrics=_metrics_file(options),
         status_requests=signals.status_requests,
     )
@@ -121,7 +123,7 @@ def _generate(
         except Stopped as stopped:
             stopped.message += f"; {_what_is_kept(output, totals)}"
             raise
-        progress.end(exit_code)
+        progress.end(exit_code, files=_files(options, totals))
         return exit_code
     finally:
         output.close()
@@ -146,7 +148,7 @@ def _run(
 ) -> None:
     """Load the model and run what is missing in the output."""
     feeder = engine = None
-    progress.say("start", f"{totals.counts()}; loading {options.model}")
+    progress.begin(f"{totals.counts()}; loading {options.model}")
     for note in parallel_notes(options.engine, options.data_parallel_size, model):
         progress.say("note", note)
     try:
@@ -220,12 +222,30 @@ def _nothing_to_do(
 ) -> ExitCode:
     totals.take_finished(record)
     exit_code = _exit_code(options, totals.num_failed_rows)
-    progress.end(
-        exit_code,
+    message = (
         f"nothing to do: {options.output} has all {record.num_completed} rows of this job, "
-        f"{len(record.failed_rows)} failed",
+        f"{len(record.failed_rows)} failed"
     )
+    files = _files(options, totals)
+    if "errors" in files:
+        message += f" ({files['errors']}); --retry-failed runs them again"
+    progress.end(exit_code, message, files=files)
     return exit_code
+
+
+def _new_totals(options: GenerateOptions) -> Totals:
+    return Totals(is_score=options.prompt.is_score, started=process_start())
+
+
+def _files(options: GenerateOptions, totals: Totals) -> dict[str, str]:
+    """The files that a finished job leaves, by what they are."""
+    paths = OutputPaths.of(options.output, options.errors)
+    files: dict[str, Path | None] = {
+        "output": paths.output,
+        "errors": paths.errors if totals.num_failed_rows else None,
+        "stats": None if paths.output is None else beside(paths.output, "stats.json"),
+    }
+    return {what: str(path) for what, path in files.items() if path is not None}
 
 
 def _what_is_kept(output: JobOutput, totals: Totals) -> str:
