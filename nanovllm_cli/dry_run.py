@@ -14,9 +14,9 @@ from .exit_code import ExitCode
 from .feeder import to_prompts, tokenize
 from .first_rows import try_first_rows
 from .inputs import find_inputs
-from .models import default_sampling, resolve_model
+from .models import resolve_model
 from .options import GenerateOptions
-from .pipeline import load_tokenizer
+from .pipeline import load_tokenizer, sampling_of
 from .refusal import Refused
 from .row_plan import RowPlan, RowPlanner
 from .rows import BadRow, check_inputs, read_rows
@@ -32,7 +32,7 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     model = ModelConfig.from_directory(path)
     engine = resolve(options.engine, model)
     tokenizer = load_tokenizer(options, path)
-    planner = RowPlanner(options, default_sampling(path) | options.sampling, tokenizer)
+    planner = RowPlanner(options, sampling_of(options, path), tokenizer)
 
     errors: Counter[str] = Counter()
     num_rows = num_prompt_tokens = num_completion_tokens = longest_prompt = longest = 0

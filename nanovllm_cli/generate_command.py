@@ -9,7 +9,7 @@ from nanovllm_cli.core.errors import UserError
 
 from . import flags, job_flags, sampling_flags
 from .exit_code import ExitCode
-from .flag_files import read_prefix, read_template
+from .flag_files import read_chat_template, read_prefix, read_template
 from .log import Log
 from .options import GenerateOptions
 from .output_columns import parse_output_columns
@@ -52,7 +52,11 @@ def generate_command(
     ),
     system: str | None = option(
         None, "--system", panel=job_flags.PROMPTS, metavar="TEXT",
-        help="A system message before each chat that has none.",
+        help="A system message before each chat that has none; prompts become chats.",
+    ),
+    chat_template: Path | None = option(
+        None, "--chat-template", panel=job_flags.PROMPTS, metavar="FILE",
+        help="A Jinja template for chats, instead of the model's own.",
     ),
     chat: bool = option(
         False, "--chat", panel=job_flags.PROMPTS,
@@ -115,7 +119,15 @@ def generate_command(
     logprobs: sampling_flags.Logprobs = None,
     prompt_logprobs: sampling_flags.PromptLogprobs = None,
     seed: int = option(0, "--seed", panel=_SAMPLING, help="Two runs with one seed are the same."),
+    generation_config: str = option(
+        "auto", "--generation-config", panel=_SAMPLING, metavar="auto|vllm|DIR",
+        help="Whose sampling defaults: the model's, none, or those of DIR/generation_config.json.",
+    ),
     model: flags.Model = GenerateOptions.model,
+    served_model_name: str | None = option(
+        None, "--served-model-name", panel=flags.MODEL, metavar="NAME",
+        help="The model's name in OpenAI lines, where the row names none; default: --model.",
+    ),
     revision: job_flags.Revision = None,
     tokenizer: job_flags.Tokenizer = None,
     dtype: flags.DType = flags.DEFAULTS.dtype,
@@ -193,6 +205,7 @@ def generate_command(
             output_columns=parse_output_columns(output_columns),
             errors=errors,
             model=model,
+            served_model_name=served_model_name,
             revision=revision,
             tokenizer=tokenizer,
             offline=offline,
@@ -214,6 +227,7 @@ def generate_command(
                 chat=chat,
                 template=template if template_file is None else read_template(template_file),
                 system=system,
+                chat_template=None if chat_template is None else read_chat_template(chat_template),
                 prefix=None if prefix_file is None else read_prefix(prefix_file),
                 enable_thinking=thinking,
                 prompt_column=prompt_column,
@@ -221,6 +235,7 @@ def generate_command(
                 id_column=id_column,
             ),
             sampling=sampling,
+            generation_config=generation_config,
             n=n,
             best_of=best_of,
             stop=tuple(stop),

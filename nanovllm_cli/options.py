@@ -29,12 +29,14 @@ class GenerateOptions:
     output_columns: tuple[str, ...] = ()  # (): the input's and the results
     errors: str | None = None  # None: beside the output
     model: str = DEFAULT_MODEL
+    served_model_name: str | None = None  # in OpenAI's lines; None: `model`
     revision: str | None = None
     tokenizer: str | None = None  # None: the model's
     offline: bool = False
     engine: EngineConfig = field(default_factory=EngineConfig)
     prompt: PromptOptions = field(default_factory=PromptOptions)
     sampling: dict[str, Any] = field(default_factory=dict)  # over the model's defaults
+    generation_config: str = "auto"  # whose sampling defaults; "vllm": none; or a directory
     n: int = 1
     best_of: int | None = None  # samples of which n are kept; None: n
     stop: tuple[str, ...] = ()
@@ -149,6 +151,11 @@ class GenerateOptions:
         """What a row of the output holds."""
         results = SCORE_COLUMNS if self.prompt.is_score else RESULT_COLUMNS
         return OutputColumns(results=results, chosen=self.output_columns)
+
+    @property
+    def shown_model(self) -> str:
+        """The name of the model in OpenAI's lines."""
+        return self.model if self.served_model_name is None else self.served_model_name
 
     @property
     def rows_in_flight(self) -> int:

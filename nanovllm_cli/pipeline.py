@@ -39,6 +39,7 @@ from .process_clock import process_start
 from .progress import Progress
 from .rows import BadRow, Row, check_inputs, read_rows
 from .signals import Signals, Stopped
+from .start_notes import start_notes
 from .tokenizer import PromptTokenizer
 from .totals import Totals
 
@@ -99,7 +100,7 @@ def _generate(
             offline=options.offline,
             shows_progress=not options.quiet and options.log_format == "text",
         )
-        sampling = default_sampling(model) | options.sampling
+        sampling = sampling_of(options, model)
         settings = fingerprint(
             options, model=model, tokenizer=_tokenizer_path(options, model), sampling=sampling
         )
@@ -116,6 +117,14 @@ def _generate(
             totals.resume(output.journal)
         try:
             if not is_complete:
+                told, rows = start_notes(
+                    rows,
+                    options,
+                    sampling=sampling,
+                    max_model_len=int(settings["max_model_len"]),
+                )
+                for level, note in told:
+                    progress.say("note", note, level)
                 _run(options, model, sampling, rows, output, totals, progress, load, signals)
             exit_code = _exit_code(options, totals.num_failed_rows)
             with totals.phase("publish"), signals.held():
@@ -129,10 +138,31 @@ def _generate(
         output.close()
 
 
+def sampling_of(options: GenerateOptions, model: Path) -> dict[str, Any]:
+    """The sampling parameters of rows that say nothing: of flags, then --generation-config."""
+    source = options.generation_config
+    if source == "vllm":
+        return options.sampling
+    if source == "auto":
+        return default_sampling(model) | options.sampling
+    directory = Path(source)
+    if not (directory / "generation_config.json").is_file():
+        raise CommandError(
+            f"--generation-config {source} is a directory without generation_config.json"
+            if directory.is_dir()
+            else f"--generation-config {source} is not a directory",
+            "Give a directory that holds generation_config.json, auto or vllm.",
+            exit_code=ExitCode.NOT_FOUND,
+        )
+    return default_sampling(directory) | options.sampling
+
+
 def load_tokenizer(options: GenerateOptions, model_path: Path) -> PromptTokenizer:
     """The tokenizer that `options` name: the model's own where they name none."""
     path = _tokenizer_path(options, model_path)
-    return PromptTokenizer(path, parse_special=options.parse_special)
+    return PromptTokenizer(
+        path, parse_special=options.parse_special, chat_template=options.prompt.chat_template
+    )
 
 
 def _run(

@@ -34,7 +34,9 @@ class TemplateError(ValueError):
 class PromptTokenizer:
     """The tokenizer and the chat template of the checkpoint in `path`; raises ModelError."""
 
-    def __init__(self, path: Path, *, parse_special: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, parse_special: bool = False, chat_template: str | None = None
+    ) -> None:
         file = path / "tokenizer.json"
         if not file.exists():
             raise ModelError(f"{path} holds no tokenizer.json", "Is the checkpoint whole?")
@@ -57,6 +59,8 @@ class PromptTokenizer:
         self._plain = Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
         self._plain.no_truncation()
         self._plain.no_padding()
+        if chat_template is not None:
+            self._hugging_face.chat_template = chat_template
         # Whether the template takes an assistant's thought apart from its answer, as Qwen3's does.
         template = str(self._hugging_face.chat_template)
         self._knows_reasoning = "reasoning_content" in template

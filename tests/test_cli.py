@@ -147,7 +147,7 @@ VALUES = {
     "--output-columns": "id,completion",
     "--data-parallel-size": "1",  # more need more processes than these tests start
 }
-FILES = ("--template-file", "--prefix-file")
+FILES = ("--template-file", "--prefix-file", "--chat-template")
 
 
 @pytest.mark.parametrize("command", ["generate", "score"])
