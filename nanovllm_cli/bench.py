@@ -76,6 +76,7 @@ def bench(options: BenchOptions) -> ExitCode:
     counters = gpu_counters(settings.device, options.num_gpus)
     measurement = measure(options, settings, checkpoint or model, draw, counters)
     timed = measurement.median_pass
+    say("measuring the memory bandwidth and the matrix products of this machine")
     rates = _machine_rates(settings, options.num_gpus, num_threads)
     least = bound(
         model,

@@ -91,6 +91,8 @@ class Progress:
         """Raises CommandError where the metrics file cannot be written."""
         if self._metrics is not None:
             self._metrics.write(self._totals, None)
+        if self._is_bar:
+            self._show_bar()
         with suppress(OSError):
             self._bar.start()
         self._thread.start()

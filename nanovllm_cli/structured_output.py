@@ -182,7 +182,7 @@ def _compiled(kind: Kind, text: str) -> str:
     try:
         from llguidance import LLMatcher, LLParserLimits, grammar_from  # late: it may be missing
     except ImportError:
-        hint = "pip install 'nanovllm-cli[json]'"
+        hint = "pip install llguidance"
         raise BadGrammar(f"structured output needs the package llguidance: {hint}") from None
     try:
         if kind == "json":

@@ -226,7 +226,7 @@ def test_without_the_package_flags_and_rows_say_what_to_install(
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(CommandError, match=r"nanovllm-cli\[json\]"):
         flags(regex="never compiled before")
-    bad("bad_grammar", {"prompt": "x", "guided_regex": "nor this"}, "nanovllm-cli[json]")
+    bad("bad_grammar", {"prompt": "x", "guided_regex": "nor this"}, "pip install llguidance")
     assert good({"prompt": "x"}).settings.sampling == {}
 
 

@@ -193,7 +193,7 @@ def test_calls_are_for_chats() -> None:
 def test_without_the_package_a_row_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     row = {"messages": [USER], "tools": [tool("never compiled")], "tool_choice": "required"}
-    bad("bad_grammar", row, "tools[0].function.parameters: ", "nanovllm-cli[json]")
+    bad("bad_grammar", row, "tools[0].function.parameters: ", "pip install llguidance")
 
 
 def test_forced_calls_parse_and_validate_where_they_stop(tmp_path: Path) -> None:
