@@ -75,8 +75,9 @@ class Totals:
 
     @property
     def current_phase(self) -> str:
-        """The part of the job that runs."""
-        return next(reversed(list(self._open_phases)), "start")
+        """The part of the job that runs; behind one, until the next begins, that one."""
+        latest = next(reversed(list(self.phases)), "start")
+        return next(reversed(list(self._open_phases)), latest)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
