@@ -22,7 +22,7 @@ from nanovllm_cli.core.grammar_masks import Masks, MaskThreads
 if TYPE_CHECKING:
     import llguidance
 
-NEEDS_LLGUIDANCE = "a grammar needs the package llguidance: pip install llguidance"
+NEEDS_LLGUIDANCE = "a grammar needs llguidance, which is not installed: pip install llguidance"
 _MAX_COMPILED = 1024  # grammars kept; a JSON schema of 20 properties takes about 20 KB
 # Sequences in a grammar compiled once share its lexer, and threads wait for its lock. So it is
 # compiled for each that runs, where that takes no longer than so in all: 1 ms for most schemas.

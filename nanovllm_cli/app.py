@@ -4,7 +4,6 @@ Commands import what they run inside their bodies: torch and transformers take s
 and `--help` must answer at once.
 """
 
-import difflib
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from nanovllm_cli.core.errors import UserError
 from . import flags
 from .bench_command import bench_command
 from .exit_code import ExitCode
+from .flag_command import FlagCommand, nearest
 from .generate_command import generate_command
 from .merge_command import merge_command
 from .run_job import end_for_closed_pipe, report, report_error, run_job
@@ -28,7 +28,7 @@ app = typer.Typer(
     name="nanovllm",
     help="Complete files of prompts with Qwen3, on this machine: rows in, rows out.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={
@@ -48,10 +48,10 @@ def root(
         raise typer.Exit
 
 
-app.command("generate")(generate_command)
-app.command("score")(score_command)
+app.command("generate", cls=FlagCommand)(generate_command)
+app.command("score", cls=FlagCommand)(score_command)
 app.command("merge")(merge_command)
-app.command("bench")(bench_command)
+app.command("bench", cls=FlagCommand)(bench_command)
 
 
 @app.command("doctor")
@@ -96,8 +96,9 @@ def main() -> NoReturn:
         exit_code = app(standalone_mode=False)
     except UserError as error:  # of --config, before a command runs
         exit_code = report_error(error)
-    except SystemExit:  # click's and rich's answer to a closed pipe; a command raises typer.Exit
-        exit_code = end_for_closed_pipe()
+    except SystemExit as error:  # of 1, click's and rich's answer to a closed pipe
+        # A command raises typer.Exit; 0 is the end of what completes a line in a shell.
+        exit_code = ExitCode.OK if not error.code else end_for_closed_pipe()
     except OSError as error:  # of --help: what a job raises ends in run_job
         exit_code = report(f"cannot write standard output: {error}", None, ExitCode.IO_ERROR)
     except Exception as error:
@@ -106,11 +107,11 @@ def main() -> NoReturn:
             sys.exit(report_error(error))
         hint = "nanovllm --help lists the commands, nanovllm COMMAND --help its flags."
         message = error.format_message()
-        if possibilities := getattr(error, "possibilities", None):
-            name = str(getattr(error, "option_name", ""))
+        if hasattr(error, "possibilities") and hasattr(error, "option_name"):
+            name = str(error.option_name)
             message = f"no such option: {name}"
-            near = difflib.get_close_matches(name, possibilities, n=1)
-            hint = f"Did you mean {near[0]}?" if near else hint
+            near = nearest(name, error.possibilities or ())
+            hint = f"Did you mean {near}?" if near else hint
         exit_code = ExitCode.USAGE
         if message:  # empty where the help was shown instead
             exit_code = report(message, hint, ExitCode.USAGE)

@@ -34,10 +34,11 @@ from .bench_table import say, say_record
 from .builtin_configs import builtin_config
 from .exit_code import CommandError, ExitCode
 from .files import io_errors
-from .machine import device_name, gpu_counters, seconds_since_process_start, software
+from .machine import device_name, gpu_counters, software
 from .measurement import Draw, measure
 from .models import resolve_model
 from .placement import parallel_notes
+from .process_clock import seconds_since_process_start
 from .roofline import bound, loads
 from .timed_pass import check_fits
 from .workloads import WORKLOADS, Workload
@@ -75,6 +76,7 @@ def bench(options: BenchOptions) -> ExitCode:
     counters = gpu_counters(settings.device, options.num_gpus)
     measurement = measure(options, settings, checkpoint or model, draw, counters)
     timed = measurement.median_pass
+    say("measuring the memory bandwidth and the matrix products of this machine")
     rates = _machine_rates(settings, options.num_gpus, num_threads)
     least = bound(
         model,

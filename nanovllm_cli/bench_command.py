@@ -4,8 +4,6 @@ from pathlib import Path
 
 import typer
 
-from nanovllm_cli.core.config import EngineConfig
-
 from . import flags
 from .exit_code import ExitCode
 from .options import DEFAULT_MODEL
@@ -85,24 +83,28 @@ def bench_command(
     """
 
     def job() -> ExitCode:
-        from .bench import bench
-        from .bench_options import BenchOptions
-
-        engine = EngineConfig(
-            dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+        engine = flags.engine_config(
+            dtype=dtype,
             max_model_len=max_model_len,
-            device=device,  # type: ignore[arg-type]  # likewise
+            device=device,
             tensor_parallel_size=tensor_parallel_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             gpu_memory_utilization=gpu_memory_utilization,
-            attention_backend=attention_backend,  # type: ignore[arg-type]  # likewise
+            attention_backend=attention_backend,
             enforce_eager=enforce_eager,
             block_size=block_size,
             enable_prefix_caching=not no_prefix_caching,
             max_window_steps=max_window_steps,
             num_threads=num_threads,
         )
+        from .capacity import check_job_fits  # not for --help
+
+        if data_parallel_size >= 1:
+            check_job_fits(engine, data_parallel_size, model)
+        from .bench import bench
+        from .bench_options import BenchOptions
+
         return bench(
             BenchOptions(
                 model=model,

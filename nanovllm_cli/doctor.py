@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -42,7 +42,9 @@ _PACKAGES = (
     "transformers",
     "safetensors",
     "pyarrow",
+    "llguidance",
 )
+_NOT_INSTALLED = "not installed"
 
 
 class _Stdout(Console):
@@ -60,6 +62,7 @@ def doctor(*, as_json: bool, model: str | None = None) -> ExitCode:
     report = _report()
     if model is not None:
         report["advice"] = {model: _advice(_find_config(model))}
+    report["verdict"] = verdict(report)
     if as_json:
         with io_errors("standard output"):
             sys.stdout.buffer.write(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
@@ -92,6 +95,23 @@ def _report() -> dict[str, Any]:
         "models_cached": [name for name in SHORT_NAMES if _is_cached(name)],
         "model_cache": constants.HF_HUB_CACHE,
     }
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """Return one sentence of what a job would run on here, and what is missing."""
+    where = f"{report['runs_on']}, in {report['dtype']}"
+    if report["runs_on"] == "cuda":
+        where = f"{_count(len(report['gpus']), 'GPU')}, in {report['dtype']}"
+    elif not report["gpus"]:
+        where += ", since there is no GPU that torch can use"
+    missing = ""
+    if report["packages"]["llguidance"] == _NOT_INSTALLED:
+        missing = ". JSON schemas and other grammars need llguidance: pip install llguidance"
+    return f"Ready: jobs run on {where}{missing}."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _connections(num_gpus: int) -> dict[str, Any]:
@@ -165,7 +185,7 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return _NOT_INSTALLED
 
 
 def _is_cached(name: str) -> bool:

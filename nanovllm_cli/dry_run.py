@@ -23,9 +23,9 @@ from .exit_code import CommandError, ExitCode
 from .feeder import to_prompts, tokenize
 from .first_rows import try_first_rows
 from .inputs import find_inputs
-from .models import default_sampling, resolve_model, resolve_tokenizer
+from .models import resolve_model, resolve_tokenizer
 from .options import GenerateOptions
-from .pipeline import load_tokenizer
+from .pipeline import load_tokenizer, sampling_of
 from .prompt_limit import max_text_bytes
 from .refusal import Refused
 from .row_plan import RowPlan, RowPlanner
@@ -42,7 +42,7 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     path = resolve_model(options.model, options.revision, offline=options.offline)
     model = ModelConfig.from_directory(path)
     engine = resolve(options.engine, model)
-    sampling = default_sampling(path) | options.sampling
+    sampling = sampling_of(options, path)
     weights = checked_tensors(path, model)
     if model.tie_word_embeddings:
         check_tied_head(weights)

@@ -52,6 +52,7 @@ def fingerprint(
     prompt = {name: value for name, value in asdict(options.prompt).items() if name != "sampling"}
     settings: dict[str, Any] = {
         "model": options.model,
+        "served_model_name": options.served_model_name,
         "format": options.format,
         "output_columns": ",".join(options.output_columns) or None,
         "n": options.n,

@@ -15,6 +15,11 @@ def read_template(path: Path) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
+def read_chat_template(path: Path) -> str:
+    """Return the text of a Jinja template for chats, as it stands."""
+    return _read("--chat-template", path)
+
+
 def read_prefix(path: Path) -> str | Messages:
     """Of a file whose name ends in .json its messages, of any other its text as it stands."""
     text = _read("--prefix-file", path)

@@ -5,12 +5,11 @@ from typing import Any
 
 import typer
 
-from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.errors import UserError
 
 from . import flags, job_flags, sampling_flags
 from .exit_code import ExitCode
-from .flag_files import read_prefix, read_template
+from .flag_files import read_chat_template, read_prefix, read_template
 from .log import Log
 from .options import GenerateOptions
 from .output_columns import parse_output_columns
@@ -53,7 +52,11 @@ def generate_command(
     ),
     system: str | None = option(
         None, "--system", panel=job_flags.PROMPTS, metavar="TEXT",
-        help="A system message before each chat that has none.",
+        help="A system message before each chat that has none; prompts become chats.",
+    ),
+    chat_template: Path | None = option(
+        None, "--chat-template", panel=job_flags.PROMPTS, metavar="FILE",
+        help="A Jinja template for chats, instead of the model's own.",
     ),
     chat: bool = option(
         False, "--chat", panel=job_flags.PROMPTS,
@@ -116,7 +119,15 @@ def generate_command(
     logprobs: sampling_flags.Logprobs = None,
     prompt_logprobs: sampling_flags.PromptLogprobs = None,
     seed: int = option(0, "--seed", panel=_SAMPLING, help="Two runs with one seed are the same."),
+    generation_config: str = option(
+        "auto", "--generation-config", panel=_SAMPLING, metavar="auto|vllm|DIR",
+        help="Whose sampling defaults: the model's, none, or those of DIR/generation_config.json.",
+    ),
     model: flags.Model = GenerateOptions.model,
+    served_model_name: str | None = option(
+        None, "--served-model-name", panel=flags.MODEL, metavar="NAME",
+        help="The model's name in OpenAI lines, where the row names none; default: --model.",
+    ),
     revision: job_flags.Revision = None,
     tokenizer: job_flags.Tokenizer = None,
     dtype: flags.DType = flags.DEFAULTS.dtype,
@@ -195,28 +206,30 @@ def generate_command(
             output_columns=parse_output_columns(output_columns),
             errors=errors,
             model=model,
+            served_model_name=served_model_name,
             revision=revision,
             tokenizer=tokenizer,
             offline=offline,
             verify_weights=verify_weights,
-            engine=EngineConfig(
-                dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+            engine=flags.engine_config(
+                dtype=dtype,
                 max_model_len=max_model_len,
-                device=device,  # type: ignore[arg-type]  # likewise
+                device=device,
                 tensor_parallel_size=tensor_parallel_size,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 block_size=block_size,
                 gpu_memory_utilization=gpu_memory_utilization,
                 enforce_eager=enforce_eager,
-                attention_backend=attention_backend,  # type: ignore[arg-type]  # likewise
-                kv_cache_bytes=job_flags.kv_cache_bytes(kv_cache_memory),
+                attention_backend=attention_backend,
+                kv_cache_memory=kv_cache_memory,
                 enable_prefix_caching=not no_prefix_caching,
             ),
             prompt=PromptOptions(
                 chat=chat,
                 template=template if template_file is None else read_template(template_file),
                 system=system,
+                chat_template=None if chat_template is None else read_chat_template(chat_template),
                 prefix=None if prefix_file is None else read_prefix(prefix_file),
                 enable_thinking=thinking,
                 prompt_column=prompt_column,
@@ -224,6 +237,7 @@ def generate_command(
                 id_column=id_column,
             ),
             sampling=sampling,
+            generation_config=generation_config,
             n=n,
             best_of=best_of,
             stop=tuple(stop),

@@ -157,7 +157,7 @@ class Job:
         self._totals.finish_reasons[finished.finish_reason] += 1
         if row.is_done:
             options, columns = self._options, self._columns
-            line = row.line(format=options.format, model=options.model, columns=columns)
+            line = row.line(format=options.format, model=options.shown_model, columns=columns)
             self._write(index, line)
 
     def _write(self, index: int, line: bytes) -> None:

@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from nanovllm_cli.core.errors import UserError
-
 from . import flags
 from .settings import load_config_file, shared_option
 
@@ -190,12 +188,3 @@ Config = Annotated[
         help="A TOML file with any of these flags; flags and NANOVLLM_... come first.",
     ),
 ]  # fmt: skip
-
-
-def kv_cache_bytes(gib: float | None) -> int | None:
-    """The value of --kv-cache-memory in bytes; raises UserError."""
-    if gib is None:
-        return None
-    if not 0 < gib < float("inf"):
-        raise UserError(f"--kv-cache-memory is {gib}; it must be above 0")
-    return int(gib * 2**30)

@@ -1,9 +1,7 @@
 """What a measurement ran on: the device, the software, the commit."""
 
 import importlib.metadata
-import os
 import platform
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,16 +10,6 @@ import torch
 from nanovllm_cli import __version__
 
 from .nvml import Nvml
-
-
-def seconds_since_process_start() -> float | None:
-    """By the kernel's clock, so that Python's own start counts; None where there is no /proc."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22, counted from after the name
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def device_name(device: str) -> str:

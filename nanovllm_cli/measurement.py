@@ -111,6 +111,7 @@ def _measure_here(
 ) -> Measurement:
     """An engine in this process; of several ranks it is the first."""
     start = time.perf_counter()
+    say(f"loading {options.model}")
     ranks = start_ranks(source, ModelConfig.of(source), options.engine)
     model = load_model(source, options.engine, ALONE if ranks is None else ranks.parallel)
     if model.embed_tokens.weight.is_cuda:
@@ -153,6 +154,7 @@ def _measure_replicas(
 ) -> Measurement:
     """Several engines, which load side by side."""
     start = time.perf_counter()
+    say(f"loading {options.model} in {options.data_parallel_size} engines")
     engine = EngineReplicas(source, options.engine, num_replicas=options.data_parallel_size)
     try:
         engine.wait_until_ready()
@@ -197,6 +199,7 @@ def _warm_up(engine: AnyEngine, options: BenchOptions, draw: Draw) -> None:
     num_engines = engine.num_replicas if isinstance(engine, EngineReplicas) else 1
     sequences = draw(options.repeats)[: _WARM_UP_SEQUENCES * num_engines]
     shortened = [(prompt, min(num_tokens, _WARM_UP_TOKENS)) for prompt, num_tokens in sequences]
+    say(f"warming up with {len(shortened)} sequences")
     run_pass(engine, shortened, options.temperature)
 
 
@@ -204,10 +207,15 @@ def _timed_passes(
     engine: AnyEngine, options: BenchOptions, draw: Draw, counters: Nvml | None
 ) -> list[TimedPass]:
     passes = []
+    is_slow = options.engine.device == "cpu" or not torch.cuda.is_available()
     for repeat in range(options.repeats):
-        timed = run_pass(engine, draw(repeat), options.temperature, counters=counters)
+        workload, name = draw(repeat), f"pass {repeat + 1} of {options.repeats}"
+        if is_slow:  # on a CPU, minutes: a GPU has done it before the line is read
+            num_tokens = sum(num_tokens for _, num_tokens in workload)
+            say(f"{name} begins: {len(workload)} sequences, {num_tokens:,} tokens to generate")
+        timed = run_pass(engine, workload, options.temperature, counters=counters)
         passes.append(timed)
-        _say_pass(f"pass {repeat + 1} of {options.repeats}", timed)
+        _say_pass(name, timed)
     return passes
 
 

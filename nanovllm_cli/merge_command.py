@@ -9,6 +9,7 @@ from nanovllm_cli.core.errors import UserError
 from . import flags
 from .exit_code import ExitCode
 from .lock import output_lock
+from .output_format import check_output_name
 from .output_paths import OutputPaths, beside, check_distinct
 from .run_job import run_job
 from .settings import option
@@ -48,6 +49,7 @@ def merge_command(
     """
 
     def job() -> ExitCode:
+        check_output_name(output)
         paths = OutputPaths.of(output)
         path = paths.output
         if path is None:

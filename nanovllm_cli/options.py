@@ -9,6 +9,7 @@ from nanovllm_cli.core.sampling_params import MAX_BAD_WORDS, SamplingParams
 
 from .log import FORMATS
 from .output_columns import RESULT_COLUMNS, SCORE_COLUMNS, OutputColumns
+from .output_format import check_output_name
 from .prompt_options import PromptOptions
 from .setting_values import MAX_SAMPLES, is_bad_words
 from .shard import Shard
@@ -16,6 +17,7 @@ from .shard import Shard
 DEFAULT_MODEL = "Qwen3-0.6B"
 _BYTES_IN_FLIGHT = 256 << 20  # for each engine
 _MAX_TIMEOUT = 100_000_000  # seconds: three years
+_MAX_ROWS = 2**63 - 1  # that can be counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class GenerateOptions:
     output_columns: tuple[str, ...] = ()  # (): the input's and the results
     errors: str | None = None  # None: beside the output
     model: str = DEFAULT_MODEL
+    served_model_name: str | None = None  # in OpenAI's lines; None: `model`
     revision: str | None = None
     tokenizer: str | None = None  # None: the model's
     offline: bool = False
@@ -35,6 +38,7 @@ class GenerateOptions:
     engine: EngineConfig = field(default_factory=EngineConfig)
     prompt: PromptOptions = field(default_factory=PromptOptions)
     sampling: dict[str, Any] = field(default_factory=dict)  # over the model's defaults
+    generation_config: str = "auto"  # whose sampling defaults; "vllm": none; or a directory
     n: int = 1
     best_of: int | None = None  # samples of which n are kept; None: n
     stop: tuple[str, ...] = ()
@@ -62,6 +66,7 @@ class GenerateOptions:
     metrics_file: str | None = None
 
     def __post_init__(self) -> None:
+        check_output_name(self.output)
         for name, value, is_good, limit in (
             ("format", self.format, self.format in ("auto", "openai"), "auto or openai"),
             ("n", self.n, 1 <= self.n <= MAX_SAMPLES, f"1 to {MAX_SAMPLES}"),
@@ -91,12 +96,17 @@ class GenerateOptions:
             ),
             ("stop", "''", all(self.stop), "a text that is not empty"),
             ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
-            ("limit", self.limit, self.limit is None or self.limit >= 1, "at least 1"),
+            (
+                "limit",
+                self.limit,
+                self.limit is None or 1 <= self.limit <= _MAX_ROWS,
+                f"1 to {_MAX_ROWS}",
+            ),
             (
                 "max-inflight",
                 self.max_inflight,
-                self.max_inflight is None or self.max_inflight >= 1,
-                "at least 1",
+                self.max_inflight is None or 1 <= self.max_inflight <= _MAX_ROWS,
+                f"1 to {_MAX_ROWS}",
             ),
             (
                 "data-parallel-size",
@@ -104,7 +114,12 @@ class GenerateOptions:
                 self.data_parallel_size >= 1,
                 "at least 1",
             ),
-            ("wait-lock", self.wait_lock, self.wait_lock >= 0, "at least 0"),
+            (
+                "wait-lock",
+                self.wait_lock,
+                0 <= self.wait_lock <= _MAX_TIMEOUT,
+                f"0 to {_MAX_TIMEOUT}",
+            ),
             (
                 "timeout",
                 self.timeout,
@@ -143,6 +158,11 @@ class GenerateOptions:
         """What a row of the output holds."""
         results = SCORE_COLUMNS if self.prompt.is_score else RESULT_COLUMNS
         return OutputColumns(results=results, chosen=self.output_columns)
+
+    @property
+    def shown_model(self) -> str:
+        """The name of the model in OpenAI's lines."""
+        return self.model if self.served_model_name is None else self.served_model_name
 
     @property
     def rows_in_flight(self) -> int:

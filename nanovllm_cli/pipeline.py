@@ -39,12 +39,14 @@ from .metrics_file import MetricsFile
 from .models import default_sampling, resolve_model, resolve_tokenizer
 from .options import GenerateOptions
 from .output import JobOutput, open_output
-from .output_paths import OutputPaths
+from .output_paths import OutputPaths, beside
 from .placement import parallel_notes
+from .process_clock import process_start
 from .progress import Progress
 from .prompt_limit import max_text_bytes
 from .rows import BadRow, Row, check_inputs, read_rows
 from .signals import Signals, Stopped
+from .start_notes import start_notes
 from .tokenizer import PromptTokenizer
 from .tokenizer_files import tokenizer_directory
 from .totals import Totals
@@ -108,11 +110,12 @@ def generate(
 
     Raises UserError for what ends it as a whole, and Stopped.
     """
-    totals, signals = Totals(is_score=options.prompt.is_score), signals or Signals()
+    totals, signals = _new_totals(options), signals or Signals()
     progress = Progress(
         totals,
         Log(options.log_format),
         quiet=options.quiet,
+        is_stdout=options.output == "-",
         metrics=_metrics_file(options),
         status_requests=signals.status_requests,
     )
@@ -141,7 +144,7 @@ def _generate(
             shows_progress=not options.quiet and options.log_format == "text",
         )
         check_checkpoint(model, ModelConfig.from_directory(model))
-        sampling = default_sampling(model) | options.sampling
+        sampling = sampling_of(options, model)
         settings = fingerprint(
             options,
             model=model,
@@ -168,6 +171,14 @@ def _generate(
             totals.resume(output.journal)
         try:
             if not is_complete:
+                told, rows = start_notes(
+                    rows,
+                    options,
+                    sampling=sampling,
+                    max_model_len=int(settings["max_model_len"]),
+                )
+                for level, note in told:
+                    progress.say("note", note, level)
                 _run(options, model, sampling, rows, output, totals, progress, load, signals)
             exit_code = _exit_code(options, totals.num_failed_rows)
             with totals.phase("publish"), signals.held():
@@ -175,16 +186,37 @@ def _generate(
         except Stopped as stopped:
             stopped.message += f"; {_what_is_kept(output, totals)}"
             raise
-        progress.end(exit_code)
+        progress.end(exit_code, files=_files(options, totals))
         return exit_code
     finally:
         output.close()
 
 
+def sampling_of(options: GenerateOptions, model: Path) -> dict[str, Any]:
+    """The sampling parameters of rows that say nothing: of flags, then --generation-config."""
+    source = options.generation_config
+    if source == "vllm":
+        return options.sampling
+    if source == "auto":
+        return default_sampling(model) | options.sampling
+    directory = Path(source)
+    if not (directory / "generation_config.json").is_file():
+        raise CommandError(
+            f"--generation-config {source} is a directory without generation_config.json"
+            if directory.is_dir()
+            else f"--generation-config {source} is not a directory",
+            "Give a directory that holds generation_config.json, auto or vllm.",
+            exit_code=ExitCode.NOT_FOUND,
+        )
+    return default_sampling(directory) | options.sampling
+
+
 def load_tokenizer(options: GenerateOptions, model_path: Path) -> PromptTokenizer:
     """The tokenizer that `options` name: the model's own where they name none."""
     path = _tokenizer_path(options, model_path)
-    return PromptTokenizer(path, parse_special=options.parse_special)
+    return PromptTokenizer(
+        path, parse_special=options.parse_special, chat_template=options.prompt.chat_template
+    )
 
 
 def _run(
@@ -200,7 +232,7 @@ def _run(
 ) -> None:
     """Load the model and run what is missing in the output."""
     feeder = engine = None
-    progress.say("start", f"{totals.counts()}; loading {options.model}")
+    progress.begin(f"{totals.counts()}; loading {options.model}")
     for note in parallel_notes(options.engine, options.data_parallel_size, model):
         progress.say("note", note)
     try:
@@ -276,12 +308,30 @@ def _nothing_to_do(
 ) -> ExitCode:
     totals.take_finished(record)
     exit_code = _exit_code(options, totals.num_failed_rows)
-    progress.end(
-        exit_code,
+    message = (
         f"nothing to do: {options.output} has all {record.num_completed} rows of this job, "
-        f"{len(record.failed_rows)} failed",
+        f"{len(record.failed_rows)} failed"
     )
+    files = _files(options, totals)
+    if "errors" in files:
+        message += f" ({files['errors']}); --retry-failed runs them again"
+    progress.end(exit_code, message, files=files)
     return exit_code
+
+
+def _new_totals(options: GenerateOptions) -> Totals:
+    return Totals(is_score=options.prompt.is_score, started=process_start())
+
+
+def _files(options: GenerateOptions, totals: Totals) -> dict[str, str]:
+    """The files that a finished job leaves, by what they are."""
+    paths = OutputPaths.of(options.output, options.errors)
+    files: dict[str, Path | None] = {
+        "output": paths.output,
+        "errors": paths.errors if totals.num_failed_rows else None,
+        "stats": None if paths.output is None else beside(paths.output, "stats.json"),
+    }
+    return {what: str(path) for what, path in files.items() if path is not None}
 
 
 def _what_is_kept(output: JobOutput, totals: Totals) -> str:

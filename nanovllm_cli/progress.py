@@ -3,17 +3,19 @@
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 
 from .exit_code import CommandError, ExitCode
+from .files import printable
 from .log import Level, Log
 from .metrics_file import MetricsFile
 from .run_job import exit_code_of
@@ -22,6 +24,7 @@ from .totals import Totals
 _LINE_SECONDS = 30.0
 _METRICS_SECONDS = 10.0
 _BAR_SECONDS = 0.1
+_BAR_WIDTHS = (6, 40)  # characters: the least, and the most
 _JOIN_SECONDS = 1.0  # whoever reads stderr may not read on
 
 
@@ -41,6 +44,7 @@ class Progress:
 
     It works in a thread of its own, so that no part of a job, and no long launch, leaves whoever
     looks in the dark. `status_requests` are answered with a line, even where `quiet`.
+    is_stdout: rows go to standard output, which may be the terminal that a bar would be drawn on.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Progress:
         log: Log,
         *,
         quiet: bool,
+        is_stdout: bool = False,
         metrics: MetricsFile | None = None,
         status_requests: SimpleQueue[None] | None = None,
         line_seconds: float = _LINE_SECONDS,
@@ -66,24 +71,28 @@ class Progress:
         self._line_seconds = line_seconds
         self._metrics_seconds = metrics_seconds
         self._console = _Stderr()
-        self._is_bar = self._console.is_terminal and not quiet and not log.is_json
+        has_rows = is_stdout and sys.stdout is not None and sys.stdout.isatty()
+        is_terminal = self._console.is_terminal and not has_rows
+        self._is_bar = is_terminal and not quiet and not log.is_json
+        self._bar_column = BarColumn(bar_width=_BAR_WIDTHS[0])
+        whole = Column(no_wrap=True)
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[rates]}"),
+            TextColumn("{task.description}", table_column=whole),
+            self._bar_column,
+            TextColumn("{task.fields[counts]}", table_column=whole),
             console=self._console,
             disable=not self._is_bar,
             transient=True,
         )
-        self._task = self._bar.add_task("rows", total=None, rates="")
+        self._task = self._bar.add_task("rows", total=None, counts="")
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def __enter__(self) -> "Progress":
         """Raises CommandError where the metrics file cannot be written."""
         if self._metrics is not None:
             self._metrics.write(self._totals, None)
+        if self._is_bar:
+            self._show_bar()
         with suppress(OSError):
             self._bar.start()
         self._thread.start()
@@ -102,26 +111,51 @@ class Progress:
             self._bar.stop()
         self._write_metrics(self._exit_code if error is None else exit_code_of(error))
 
-    def say(self, event: str, message: str) -> None:
+    def say(self, event: str, message: str, level: Level = "info") -> None:
         """One line, with the counts in JSON."""
         if not self._quiet:
-            self._tell(event, message)
+            self._tell(event, message, level)
 
-    def end(self, exit_code: ExitCode, message: str | None = None) -> None:
-        """The job has ended so: the closing table, or a line in its place."""
+    def begin(self, message: str) -> None:
+        """One line before the model loads, where no bar shows the same."""
+        if not self._is_bar:
+            self.say("start", message)
+
+    def end(
+        self,
+        exit_code: ExitCode,
+        message: str | None = None,
+        *,
+        files: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """The job has ended so: the closing table, or a line in its place.
+
+        files: what was written, by what it is: "output", "errors", "stats". With `quiet`, a line
+        tells only of failed rows that are in an errors file: else they are on stderr already.
+        """
         self._exit_code = exit_code
-        if message is not None:
-            self.say("end", message)
-        elif not self._quiet:
-            self._show_totals()
+        if not self._quiet:
+            if message is not None:
+                self.say("end", message)
+            else:
+                self._show_totals(files)
+        elif exit_code is ExitCode.SOME_ROWS_FAILED and "errors" in files:
+            self._tell("end", message or self._failed(files["errors"]), "warning")
 
-    def _show_totals(self) -> None:
+    def _failed(self, errors_file: str) -> str:
+        totals = self._totals
+        return (
+            f"{totals.num_failed_rows} of {totals.num_rows} rows failed ({totals.reasons()}); see "
+            f"{errors_file}"
+        )
+
+    def _show_totals(self, files: Mapping[str, str]) -> None:
         stats = self._totals.as_dict()
         rows, tokens, rates = stats["rows"], stats["tokens"], stats["throughput"]
         earlier = f" ({rows['resumed']} by an earlier run)" if rows["resumed"] else ""
         done = f"{rows['completed']} completed{earlier}, {rows['failed']} failed"
         if self._log.is_json:
-            self._tell("end", done)
+            self._tell("end", done, files=dict(files))
             return
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_row("rows", done)
@@ -134,6 +168,12 @@ class Progress:
         )
         seconds = ", ".join(f"{k} {v:.1f}" for k, v in stats["phases_seconds"].items())
         table.add_row("seconds", f"{stats['elapsed_seconds']:.1f} in all: {seconds}")
+        if rows["failed"]:
+            where = f"{files['errors']}: " if "errors" in files else ""
+            table.add_row("errors", printable(where + self._totals.reasons()))
+        for what in ("output", "stats"):
+            if what in files:
+                table.add_row(what, printable(files[what]))
         with suppress(OSError):
             self._console.print(table, highlight=False)
 
@@ -164,13 +204,32 @@ class Progress:
                 self._write_metrics(None)
 
     def _show_bar(self) -> None:
+        totals = self._totals
+        phase = totals.current_phase
+        of = f"/{totals.num_expected_rows}" if totals.num_expected_rows is not None else ""
+        parts = [
+            f"{totals.num_rows}{of} rows, {totals.num_failed_rows} failed",
+            _clock(totals.elapsed_seconds),
+        ]
+        left = self._bar.tasks[0].time_remaining
+        more = [f"{_clock(left)} left"] if left is not None and phase == "generate" else []
+        # What does not fit is left out, from the last: the rates first.
+        room = self._console.width - len(phase) - _BAR_WIDTHS[0] - 2
+        for part in [*more, self._rates()]:
+            if len(", ".join([*parts, part])) > room:
+                break
+            parts.append(part)
+        counts = ", ".join(parts)
+        self._bar_column.bar_width = min(
+            max(room - len(counts) + _BAR_WIDTHS[0], _BAR_WIDTHS[0]), _BAR_WIDTHS[1]
+        )
         with suppress(OSError):
             self._bar.update(
                 self._task,
-                description=self._totals.current_phase,
-                completed=self._totals.num_rows,
-                total=self._totals.num_expected_rows,
-                rates=self._rates(),
+                description=phase,
+                completed=totals.num_rows,
+                total=totals.num_expected_rows,
+                counts=counts,
             )
 
     def _write_metrics(self, exit_code: ExitCode | None) -> None:
@@ -183,12 +242,14 @@ class Progress:
                 self._has_warned = True
                 self._tell("metrics", error.message, "warning")
 
-    def _tell(self, event: str, message: str, level: Level = "info") -> None:
+    def _tell(self, event: str, message: str, level: Level = "info", **facts: Any) -> None:
         if self._is_bar:
+            prefix = "" if level == "info" else f"{level}: "
+            text = printable(f"{prefix}{message}")
             with suppress(OSError):
-                self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
             return
-        self._log.say(event, message, level=level, **self._facts())
+        self._log.say(event, message, level=level, **self._facts(), **facts)
 
     def _facts(self) -> dict[str, Any]:
         if not self._log.is_json:
@@ -217,3 +278,9 @@ class Progress:
             f"{rates['completion_tokens_per_second']:.0f} tok/s out, "
             f"{tokens['prefix_hit_rate']:.0%} prefix hits"
         )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -19,6 +19,7 @@ class PromptOptions:
     template: str | None = None  # "Translate: {text}": columns are its fields
     system: str | None = None  # for messages that have no system message; makes prompts messages
     prefix: str | Messages | None = None  # before every text, or every chat; the latter as `system`
+    chat_template: str | None = None  # Jinja's text, instead of the model's own
     enable_thinking: bool | None = None  # None: what the chat template does by itself
     prompt_column: str = "prompt"
     messages_column: str = "messages"

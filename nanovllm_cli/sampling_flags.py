@@ -5,6 +5,7 @@ from typing import Annotated
 
 from nanovllm_cli.core.errors import UserError
 
+from .refusal import shown
 from .row_settings import logit_bias_of
 from .setting_values import is_logit_bias
 from .settings import shared_option
@@ -89,8 +90,8 @@ def parse_logit_bias(text: str) -> tuple[tuple[int, float], ...]:
     """The value of --logit-bias; raises UserError."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not is_logit_bias(value):
-        raise UserError(f'--logit-bias is {text!r}; it must be like {{"1234": -100}}')
+        raise UserError(f'--logit-bias is {shown(text)}; it must be like {{"1234": -100}}')
     return logit_bias_of(value)

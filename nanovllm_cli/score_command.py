@@ -4,8 +4,6 @@ from typing import Any
 
 import typer
 
-from nanovllm_cli.core.config import EngineConfig
-
 from . import flags, job_flags
 from .exit_code import ExitCode
 from .log import Log
@@ -103,18 +101,18 @@ def score_command(
             tokenizer=tokenizer,
             offline=offline,
             verify_weights=verify_weights,
-            engine=EngineConfig(
-                dtype=dtype,  # type: ignore[arg-type]  # checked by EngineConfig
+            engine=flags.engine_config(
+                dtype=dtype,
                 max_model_len=max_model_len,
-                device=device,  # type: ignore[arg-type]  # likewise
+                device=device,
                 tensor_parallel_size=tensor_parallel_size,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 block_size=block_size,
                 gpu_memory_utilization=gpu_memory_utilization,
                 enforce_eager=enforce_eager,
-                attention_backend=attention_backend,  # type: ignore[arg-type]  # likewise
-                kv_cache_bytes=job_flags.kv_cache_bytes(kv_cache_memory),
+                attention_backend=attention_backend,
+                kv_cache_memory=kv_cache_memory,
                 enable_prefix_caching=not no_prefix_caching,
             ),
             prompt=PromptOptions(

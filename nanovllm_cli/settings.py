@@ -74,9 +74,12 @@ def load_config_file(context: typer.Context, path: Path | None) -> Path | None:
     for key, value in content.items():
         flag = flags.get(key.replace("-", "_"))
         if flag is None:
-            near = difflib.get_close_matches(key.replace("-", "_"), flags, n=1)
+            near = difflib.get_close_matches(key.replace("-", "_"), flags, n=1, cutoff=0.75)
             hint = f"Did you mean {near[0].replace('_', '-')!r}?" if near else "See --help."
             raise CommandError(f"{path} has an unknown key {key!r}", hint)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not flag.multiple:
+            value = str(value)  # as a variable or a flag is; some flags take 4096 and 32k
         values[flag.name] = _texts(path, key, value) if flag.multiple else value
     context.default_map = {**(context.default_map or {}), **values}
     return path

@@ -34,6 +34,9 @@ def start_job(
             f"--data-parallel-size is {options.data_parallel_size}, with --single-process",
             "Leave out one of them: each engine needs a process.",
         )
+    from .capacity import check_job_fits  # not for --help
+
+    check_job_fits(options.engine, options.data_parallel_size, options.model)
     with output_locks(options):
         from .pipeline import EngineProcesses, generate
 

@@ -11,7 +11,6 @@ marks piece by piece; here text keeps its tokenization wherever it stands.)
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,11 +44,11 @@ class _Rendering(NamedTuple):
 class PromptTokenizer:
     """The tokenizer and the chat template of the checkpoint in `path`; raises ModelError.
 
-    template: the text of a chat template to use instead of the checkpoint's.
+    chat_template: the text of one to use instead of the checkpoint's.
     """
 
     def __init__(
-        self, path: Path, *, parse_special: bool = False, template: str | None = None
+        self, path: Path, *, parse_special: bool = False, chat_template: str | None = None
     ) -> None:
         files = TokenizerFiles.read(path)
         self._full = _tokenizer_of(files, files.content)
@@ -57,7 +56,9 @@ class PromptTokenizer:
         self.token_texts = TokenTexts(self._full)
         self._added = files.added_tokens
         self._special = files.special_tokens
-        templates = files.chat_templates if template is None else {"default": template}
+        templates = files.chat_templates
+        if chat_template is not None:
+            templates = {"default": chat_template}
         self._template = ChatTemplate(templates, files.special_tokens)
         self._parse_special = parse_special
         longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
@@ -73,11 +74,6 @@ class PromptTokenizer:
             if name in self._special
         )
         return next((token_id for token_id in ids if token_id is not None), None)
-
-    @cached_property
-    def max_token_bytes(self) -> int:
-        """The bytes of text that the longest token of the vocabulary stands for, at most."""
-        return max((len(name.encode()) for name in self._full.get_vocab()), default=1)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int] | TemplateError]:
         """The token ids of each prompt, or why its chat cannot be rendered."""

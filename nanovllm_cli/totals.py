@@ -14,6 +14,9 @@ from nanovllm_cli.core.stats import EngineStats
 from .finished import JobRecord
 from .journal import Journal, Kind
 
+_EARLIER = "in_an_earlier_run"  # in place of a code that is not known
+_NUM_REASONS = 3  # of failed rows, as many as are named
+
 
 @dataclass(slots=True)
 class Totals:
@@ -29,6 +32,7 @@ class Totals:
     attention_backend: str | None = None
     num_restarts: int = 0  # of the engine
     phases: dict[str, float] = field(default_factory=dict)  # seconds
+    # By time.perf_counter; of the command, the start of its process.
     started: float = field(default_factory=time.perf_counter)
     _open_phases: dict[str, float] = field(default_factory=dict)  # when each began
 
@@ -42,7 +46,7 @@ class Totals:
         """Count a job that an earlier run has finished."""
         self.num_expected_rows = record.num_completed + len(record.failed_rows)
         self.num_completed_rows = self.num_resumed_rows = record.num_completed
-        self.errors["in_an_earlier_run"] = len(record.failed_rows)
+        self.errors[_EARLIER] = len(record.failed_rows)
 
     @property
     def num_failed_rows(self) -> int:
@@ -58,18 +62,28 @@ class Totals:
         of = f" of {self.num_expected_rows}" if self.num_expected_rows is not None else ""
         return f"{self.num_rows}{of} rows done, {self.num_failed_rows} failed"
 
+    def reasons(self) -> str:
+        """Return the commonest reasons of failed rows, in words."""
+        named = [(code, count) for code, count in self.errors.most_common() if code != _EARLIER]
+        told = [f"{count} {code}" for code, count in named[:_NUM_REASONS]]
+        num_others = sum(count for _, count in named[_NUM_REASONS:])
+        return ", ".join([*told, f"{num_others} others"] if num_others else told)
+
     @property
     def elapsed_seconds(self) -> float:
         return time.perf_counter() - self.started
 
     @property
     def current_phase(self) -> str:
-        """The part of the job that runs."""
-        return next(reversed(list(self._open_phases)), "start")
+        """The part of the job that runs; behind one, until the next begins, that one."""
+        latest = next(reversed(list(self.phases)), "start")
+        return next(reversed(list(self._open_phases)), latest)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds of a part of the job."""
+        """Count the seconds of a part of the job; what comes before the first one is "start"."""
+        if not self.phases and not self._open_phases:
+            self.phases["start"] = time.perf_counter() - self.started
         self._open_phases[name] = time.perf_counter()
         try:
             yield

@@ -96,6 +96,16 @@ def test_people_get_a_table_on_stderr(measured: Run) -> None:
     assert "output tokens per second" in measured.stderr
     assert "bound of this machine" in measured.stderr
     assert "pass 2 of 2" in measured.stderr
+    lines = measured.stderr.splitlines()
+    told = (
+        "loading ",
+        "warming up with ",
+        "pass 1 of 2 begins: ",
+        "pass 1 of 2: ",
+        "pass 2 of 2 b",
+    )
+    places = [next(n for n, line in enumerate(lines) if line.startswith(text)) for text in told]
+    assert places == sorted(places)
     assert "USDT" not in measured.stderr  # the profiler's own log
 
 

@@ -53,7 +53,7 @@ def test_the_commit_of_this_checkout_is_the_one_that_git_names() -> None:
 def test_the_clock_starts_with_the_process() -> None:
     code = (
         "import time; time.sleep(0.5); start = time.perf_counter()\n"
-        "from nanovllm_cli.machine import seconds_since_process_start\n"
+        "from nanovllm_cli.process_clock import seconds_since_process_start\n"
         "print(seconds_since_process_start() - (time.perf_counter() - start))"
     )
     before = time.perf_counter()

@@ -147,7 +147,7 @@ VALUES = {
     "--output-columns": "id,completion",
     "--data-parallel-size": "1",  # more need more processes than these tests start
 }
-FILES = ("--template-file", "--prefix-file")
+FILES = ("--template-file", "--prefix-file", "--chat-template")
 
 
 @pytest.mark.parametrize("command", ["generate", "score"])
@@ -522,6 +522,11 @@ def test_doctor_reports_to_people_and_to_programs() -> None:
     assert __version__ in shown.stdout.decode()
     assert "attention" in shown.stdout.decode()
     assert shown.stderr == ""
+    last = " ".join(shown.stdout.decode().partition("verdict")[2].split())
+    assert last == report["verdict"]
+    if not report["gpus"]:
+        assert last.startswith("Ready: jobs run on cpu, in float32, since there is no GPU that")
+    assert report["packages"]["llguidance"][0].isdigit()
 
 
 def test_doctor_advises_on_a_model_that_is_not_here(tmp_path: Path) -> None:
