@@ -49,8 +49,11 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> list[GenerateOptions]:
-    """The options of each job that is begun from here on; no job runs."""
+def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[GenerateOptions]:
+    """The options of each job that is begun from here on, of x.jsonl; no job runs."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("x.jsonl").touch()
     seen: list[GenerateOptions] = []
 
     def generate(options: GenerateOptions, **_: object) -> int:
@@ -181,7 +184,7 @@ def test_every_environment_variable_does_what_its_flag_does(
 
 def test_a_switch_can_be_off_in_the_environment(chosen: list[GenerateOptions]) -> None:
     for value, expected in (("0", False), ("false", False), ("1", True), ("", None)):
-        assert call("generate", "x", env={"NANOVLLM_THINKING": value}).code == 0
+        assert call("generate", "x.jsonl", env={"NANOVLLM_THINKING": value}).code == 0
         assert chosen[-1].prompt.enable_thinking is expected
     assert call("generate", "x", "--no-thinking", env={"NANOVLLM_THINKING": "1"}).code == 0
     assert chosen[-1].prompt.enable_thinking is False
@@ -434,11 +437,14 @@ def test_overwrite_replaces_an_output_and_its_old_errors(source: Path, tmp_path:
     assert not errors.exists()
 
 
-def test_an_output_may_replace_its_input(tmp_path: Path) -> None:
+def test_an_output_never_replaces_its_input(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prompt": [QUESTION], "n_old": [7]}), path)
-    assert generate(path, "-o", path, "--overwrite", "--max-tokens", "1", "-q").code == 0
-    assert pq.read_table(path).column_names[:3] == ["prompt", "n_old", "completion"]
+    before = path.read_bytes()
+    ended = generate(path, "-o", path, "--overwrite", "--max-tokens", "1", "-q")
+    assert ended.code == 2
+    assert "an input is never replaced" in ended.stderr
+    assert path.read_bytes() == before
 
 
 def test_no_rows_are_no_error(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from nanovllm_cli.options import GenerateOptions
 
-from .cli import Run, call
+from .cli import SAMPLE, Run, call
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[GenerateOptions]:
 
 def begin(*flags: str | Path, variable: str | None = None) -> Run:
     env = {} if variable is None else {"NANOVLLM_STOP": variable}
-    return call("generate", "x.jsonl", *flags, env=env)
+    return call("generate", SAMPLE / "prompts.jsonl", *flags, env=env)
 
 
 @pytest.mark.parametrize(
