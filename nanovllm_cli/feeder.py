@@ -111,8 +111,8 @@ def _too_long(prompt: Prompt, max_text_bytes: int) -> BadRow:
     return bad_row(
         prompt,
         "prompt_too_long",
-        f"the prompt has more than {max_text_bytes} bytes, and is longer than the model's limit "
-        "in whatever tokens",
+        f"the prompt has more than {max_text_bytes} bytes, which is more than the tokens within "
+        "the model's limit can hold",
     )
 
 
