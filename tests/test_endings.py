@@ -68,8 +68,8 @@ def as_stranger(folder: Path, line: str, *, nproc: int | None = None) -> Run:
         kept = python.parents[1]
         mounts = (
             f"mkdir -p kept && mount --bind {kept} kept && "
-            f"mount -t tmpfs -o mode=755 none {homes[0]} "
-            f"&& mkdir -p {kept} && mount --bind kept {kept} && "
+            f"mount -t tmpfs -o mode=755 none {homes[0]} && "
+            f"mkdir -p {kept} && mount --bind kept {kept} && "
         )
     few = "" if nproc is None else f"prlimit --nproc={nproc}:{nproc} "
     (folder / "line.sh").write_text(f"unset HOME; {line}")

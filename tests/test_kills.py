@@ -39,6 +39,8 @@ RUNS: dict[str, tuple[Any, ...]] = {
     "random": ("random", 300, 200),
     "calls": ("calls", 40, 0),
     "full": ("full", 60, 64),
+    "pairs": ("pairs", 150, 40),
+    "no_owner": ("pairs", 150, 15, "no_owner"),
     "no_crc": ("calls", 24, 0, "no_crc"),
     "no_rename": ("calls", 24, 0, "no_rename"),
 }
@@ -56,7 +58,7 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Findings]:
         yield lambda name: runs[name].result()
 
 
-NONE = {"differing": 0, "half_visible": 0, "failed_runs": 0, "left_files": 0}
+NONE = {"lost": 0, "differing": 0, "half_visible": 0, "failed_runs": 0, "left_files": 0}
 
 
 def test_kills_at_random_moments_change_no_byte(findings: Findings) -> None:
@@ -82,8 +84,16 @@ def test_a_full_disk_is_74_at_64_sizes_and_what_was_written_is_not_run_again(
     assert found == NONE
 
 
+def test_of_two_jobs_at_once_whose_locks_lie_none_leaves_a_wrong_file(findings: Findings) -> None:
+    found = findings("pairs")
+    assert found.pop("lost") >= 10
+    assert (found.pop("jobs"), found.pop("kills")) == (40, 0)
+    assert found == {**{name: 0 for name in NONE if name != "lost"}, "full": 0}
+
+
 @pytest.mark.parametrize(
-    ("mutant", "fault"), [("no_crc", "failed_runs"), ("no_rename", "half_visible")]
+    ("mutant", "fault"),
+    [("no_crc", "failed_runs"), ("no_rename", "half_visible"), ("no_owner", "failed_runs")],
 )
 def test_a_writer_without_one_of_its_habits_is_found_out(
     mutant: str, fault: str, findings: Findings

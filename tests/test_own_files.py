@@ -424,6 +424,19 @@ def test_a_journal_that_another_run_has_open_is_75_though_the_lock_is_gone(
     assert [error.exit_code for error in seconds] == [ExitCode.LOCKED]
 
 
+def test_a_journal_of_a_version_without_claims_goes_on(tmp_path: Path) -> None:
+    whole = JobFolder(tmp_path / "whole", good_rows(40))
+    whole.run()
+    folder = JobFolder(tmp_path / "job", good_rows(40))
+    folder.stop_after(2)
+    lines = folder.journal.read_bytes().splitlines(keepends=True)
+    records = [line for line in lines if not line.startswith(b"owner ")]
+    assert len(records) == len(lines) - 1
+    folder.journal.write_bytes(b"".join(records) + b"1f3a torn")
+    assert folder.run() == (0, 40 - 16)
+    assert folder.output.read_bytes() == whole.output.read_bytes()
+
+
 def test_a_stopped_engine_is_no_reason_to_lose_the_journal(tmp_path: Path) -> None:
     folder = JobFolder(tmp_path / "job", good_rows(40))
     for _ in range(3):
