@@ -34,6 +34,8 @@ from .cli import MODEL
 from .fake_engine import FakeEngine, loader
 
 _CALLS = ("write", "ftruncate", "fsync", "fdatasync", "replace", "unlink", "pread")
+_PATIENCE = 20  # kills of one job before they come later
+_MAX_KILLS_A_JOB = 400
 _READS_A_CALL = 50  # of the journal, while the output is written: they stand for its writes
 _TOKENIZER = PromptTokenizer(MODEL)
 
@@ -98,6 +100,7 @@ class Findings:
         self.counts = dict.fromkeys(
             ("kills", "full", "jobs", "differing", "half_visible", "failed_runs", "left_files"), 0
         )
+        self.counts["unended"] = 0
 
     def after_kill(self, output: Path) -> None:
         self.counts["kills"] += 1
@@ -121,7 +124,10 @@ def at_random_moments(
     findings.after_end(output, ended(forked(body)))
     whole_run = time.monotonic() - start
     clear(output)
-    while findings.counts["kills"] < num_kills:
+    kills_of_job = 0
+    while findings.counts["kills"] < num_kills or 0 < kills_of_job < _MAX_KILLS_A_JOB:
+        if kills_of_job and kills_of_job % _PATIENCE == 0:
+            whole_run *= 2  # the machine is slower now than when that was measured
         seed = chance.randrange(2**30)
         child = forked(lambda seed=seed: run(options, seed=seed, step_seconds=0.001))
         time.sleep(chance.random() * whole_run * 0.6)
@@ -129,9 +135,12 @@ def at_random_moments(
         code = ended(child)
         if code == -signal.SIGKILL:
             findings.after_kill(output)
+            kills_of_job += 1
         else:
             findings.after_end(output, code)
             clear(output)
+            kills_of_job = 0
+    findings.counts["unended"] = int(kills_of_job > 0)
 
 
 @contextmanager
