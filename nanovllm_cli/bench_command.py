@@ -36,7 +36,7 @@ def bench_command(
     ),
     fail_if_slower: float | None = option(
         None, "--fail-if-slower", panel=_RECORD, metavar="PERCENT",
-        help="With --compare: exit 3 where the median of output tokens per second is so much less.",
+        help="With --compare: exit 3 if the median of output tokens per second is this much lower.",
     ),
     profile: Path | None = option(
         None, "--profile", panel=_RECORD, metavar="DIR",

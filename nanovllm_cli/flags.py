@@ -49,14 +49,14 @@ TensorParallelSize = Annotated[
     int,
     shared_option(
         "--tensor-parallel-size", "-tp", "--tp", panel=ENGINE,
-        help="Share the model out to so many GPUs; on a CPU, to so many processes.",
+        help="Number of GPUs to split the model across; on a CPU, number of processes.",
     ),
 ]  # fmt: skip
 DataParallelSize = Annotated[
     int,
     shared_option(
         "--data-parallel-size", "-dp", "--dp", panel=ENGINE,
-        help="So many engines, each on GPUs of its own, that share the rows; on a CPU, its cores.",
+        help="Number of engines that share the rows, each on its own GPUs; on a CPU, on its cores.",
     ),
 ]  # fmt: skip
 MaxNumSeqs = Annotated[
@@ -83,7 +83,7 @@ AttentionBackend = Annotated[
     str,
     shared_option(
         "--attention-backend", panel=ENGINE, metavar="NAME",
-        help="Of prefills on a GPU: triton, torch, flash-attn, flash-attn-3; auto is the best.",
+        help="For prefills on a GPU: triton, torch, flash-attn, flash-attn-3; auto is the best.",
     ),
 ]  # fmt: skip
 EnforceEager = Annotated[

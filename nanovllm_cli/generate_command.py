@@ -68,11 +68,11 @@ def generate_command(
     ),
     thinking_budget: int | None = option(
         None, "--thinking-budget", panel=job_flags.PROMPTS, metavar="TOKENS",
-        help="End a thought that is so long, and let the answer begin.",
+        help="Most tokens of a thought; then the answer begins.",
     ),
     truncate_prompt_tokens: int | None = option(
         None, "--truncate-prompt-tokens", panel=job_flags.PROMPTS, metavar="TOKENS",
-        help="Keep the last so many tokens of a longer prompt.",
+        help="Keep only this many tokens of a longer prompt, the last ones.",
     ),
     prompt_column: job_flags.PromptColumn = "prompt",
     messages_column: job_flags.MessagesColumn = "messages",
@@ -82,20 +82,24 @@ def generate_command(
         None, "--temperature", panel=_SAMPLING, help="0 is greedy. Default: the model's."
     ),
     top_p: float | None = option(
-        None, "--top-p", panel=_SAMPLING, help="Draw from the likeliest tokens of this mass."
+        None, "--top-p", panel=_SAMPLING,
+        help="Draw from the likeliest tokens that make up this probability.",
     ),
     top_k: int | None = option(
-        None, "--top-k", panel=_SAMPLING, help="Draw from so many tokens; 0 is all."
+        None, "--top-k", panel=_SAMPLING,
+        help="Draw from this many of the likeliest tokens; 0 means all.",
     ),
     min_p: float | None = option(
-        None, "--min-p", panel=_SAMPLING, help="Drop tokens below this share of the likeliest."
+        None, "--min-p", panel=_SAMPLING,
+        help="Drop tokens with less than this share of the likeliest one's probability.",
     ),
     max_tokens: int | None = option(
         None, "--max-tokens", panel=_SAMPLING,
-        help="Completion tokens at most; default: up to the model's limit.",
+        help="Most tokens to generate; default: up to the model's limit.",
     ),
     min_tokens: int | None = option(
-        None, "--min-tokens", panel=_SAMPLING, help="No stop token before so many."
+        None, "--min-tokens", panel=_SAMPLING,
+        help="Generate at least this many tokens before a stop token.",
     ),
     stop: list[str] = option(
         [], "--stop", panel=_SAMPLING, metavar="TEXT", help="End before this text; repeatable."

@@ -42,7 +42,7 @@ Overwrite = Annotated[
     bool,
     shared_option(
         "--overwrite", panel=OUTPUT,
-        help="Replace OUTPUT when the job is done, whosever it is; a finished job runs again.",
+        help="Replace OUTPUT when the job is done, even another tool's; a finished job runs again.",
     ),
 ]  # fmt: skip
 Restart = Annotated[
@@ -132,7 +132,7 @@ MaxErrorRate = Annotated[
     float | None,
     shared_option(
         "--max-error-rate", panel=flags.RUN, metavar="0..1",
-        help="Stop where, of 100 rows or more, a larger share failed.",
+        help="Stop if a larger share failed, once 100 rows or more are taken.",
     ),
 ]  # fmt: skip
 Shard = Annotated[
@@ -146,14 +146,14 @@ WaitLock = Annotated[
     float,
     shared_option(
         "--wait-lock", panel=flags.RUN, metavar="SECONDS",
-        help="Wait so long for another run that writes OUTPUT.",
+        help="How long to wait for another run that writes OUTPUT.",
     ),
 ]  # fmt: skip
 Timeout = Annotated[
     float | None,
     shared_option(
         "--timeout", panel=flags.RUN, metavar="SECONDS",
-        help="End after so long with what is done kept, exit code 75; the same line goes on.",
+        help="Stop after this long and keep what is done, exit code 75; the same line goes on.",
     ),
 ]  # fmt: skip
 Quiet = Annotated[
@@ -163,7 +163,7 @@ LogFormat = Annotated[
     str,
     shared_option(
         "--log-format", panel=flags.RUN, metavar="text|json",
-        help="Of stderr; json: one object a line.",
+        help="Format of stderr; json: one object a line.",
     ),
 ]  # fmt: skip
 MetricsFile = Annotated[

@@ -16,21 +16,21 @@ RepetitionPenalty = Annotated[
     float | None,
     shared_option(
         "--repetition-penalty", panel=SAMPLING,
-        help="Over 1: less of what the prompt and the text have. Default: the model's.",
+        help="Above 1: repeat less of the prompt and the text. Default: the model's.",
     ),
 ]  # fmt: skip
 PresencePenalty = Annotated[
     float | None,
     shared_option(
         "--presence-penalty", panel=SAMPLING,
-        help="Over 0: less of what the text has, once for each token.",
+        help="Above 0: tokens that the text already has become less likely.",
     ),
 ]  # fmt: skip
 FrequencyPenalty = Annotated[
     float | None,
     shared_option(
         "--frequency-penalty", panel=SAMPLING,
-        help="Over 0: less of what the text has, as often as it is there.",
+        help="Above 0: the same, for each time that a token is there.",
     ),
 ]  # fmt: skip
 LogitBias = Annotated[
@@ -44,7 +44,7 @@ BestOf = Annotated[
     int | None,
     shared_option(
         "--best-of", panel=SAMPLING,
-        help="Draw so many and keep the n of the highest mean log-probability.",
+        help="Draw this many and keep the n with the highest mean log-probability.",
     ),
 ]  # fmt: skip
 Logprobs = Annotated[
@@ -61,7 +61,10 @@ PromptLogprobs = Annotated[
 JsonSchema = Annotated[
     str | None,
     shared_option(
-        "--json-schema", panel=SAMPLING, metavar="FILE", help="Completions are JSON of this schema."
+        "--json-schema",
+        panel=SAMPLING,
+        metavar="FILE",
+        help="Completions are JSON that fits this schema.",
     ),
 ]
 Regex = Annotated[
@@ -81,7 +84,7 @@ Grammar = Annotated[
     str | None,
     shared_option(
         "--grammar", panel=SAMPLING, metavar="FILE",
-        help="Completions are of this grammar, in Lark's notation or GBNF.",
+        help="Completions follow this grammar, in Lark's notation or GBNF.",
     ),
 ]  # fmt: skip
 

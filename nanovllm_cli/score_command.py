@@ -38,11 +38,11 @@ def score_command(
     messages_column: job_flags.MessagesColumn = "messages",
     context_column: str = option(
         "context", "--context-column", panel=job_flags.PROMPTS, metavar="NAME",
-        help="Where texts are that are not scored.",
+        help="Where the texts are that come first and are not scored.",
     ),
     continuation_column: str = option(
         "continuation", "--continuation-column", panel=job_flags.PROMPTS, metavar="NAME",
-        help="Where texts are that are scored behind a context.",
+        help="Where the texts are that follow a context and are scored.",
     ),
     id_column: job_flags.IdColumn = None,
     parse_special: job_flags.ParseSpecial = False,
