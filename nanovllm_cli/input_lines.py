@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 
-import pyarrow as pa
-
 from .input_file import InputFile, format_of, unusable
 
 MAX_LINE_BYTES = 16 << 20
@@ -114,6 +112,8 @@ def _gunzip(file: InputFile) -> Iterator[bytes]:
 
 
 def _unzstd(file: InputFile) -> Iterator[bytes]:
+    import pyarrow as pa  # late: most inputs need none of it
+
     try:
         with pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd") as stream:
             while chunk := stream.read(_CHUNK_BYTES):

@@ -1,5 +1,6 @@
 """OutputColumns: which columns an output has, and which of them a job makes."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from .exit_code import CommandError
@@ -9,6 +10,7 @@ RESULT_COLUMNS = (
     *("completion", "completions", "reasoning", "tool_calls", "finish_reason", "logprobs"),
     *("prompt_logprobs", "usage"),
 )
+Lines = Callable[[], Iterator[tuple[int, bytes]]]  # (row number, line), the same each time
 SCORE_COLUMNS = ("logprob", "num_scored_tokens", "perplexity", "is_greedy", "token_logprobs")
 
 

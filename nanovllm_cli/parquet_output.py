@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from .input_file import opened
 from .inputs import Source
-from .output_columns import OutputColumns
+from .output_columns import Lines, OutputColumns
 from .parquet_input import parquet_batches, parquet_schema
 
 _ROWS_AT_ONCE = 1024
@@ -52,7 +52,6 @@ _ALWAYS_THERE = (
     *("logprob", "num_scored_tokens", "perplexity", "is_greedy"),
 )
 _MAX_FIELDS = 500  # of a struct; what has more is written as JSON text
-Lines = Callable[[], Iterator[tuple[int, bytes]]]  # (row number, line), the same each time
 
 
 def write_parquet(

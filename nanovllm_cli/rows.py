@@ -17,8 +17,6 @@ import orjson
 from .input_file import InputFile, opened
 from .input_lines import MAX_LINE_BYTES, line_blocks
 from .inputs import Source
-from .parquet_input import parquet_batches
-from .parquet_values import rows_of
 
 _MAX_DEPTH = 254  # of what orjson writes; it reads 1024 levels
 _ID_AS_FIRST_KEY = re.compile(
@@ -96,6 +94,8 @@ def check_inputs(sources: Iterable[Source], *, limit: int | None = None) -> int 
 def _row_counts(file: InputFile) -> Iterator[int]:
     """The number of rows in each block of lines, or in each batch of Parquet rows."""
     if file.format == "parquet":
+        from .parquet_input import parquet_batches  # late: it imports pyarrow
+
         return (batch.num_rows for batch in parquet_batches(file))
     return (sum(map(bool, map(bytes.strip, lines))) for _, lines in line_blocks(file))
 
@@ -198,6 +198,9 @@ def _id_in(line: bytes) -> str | int | None:
 
 def _parquet_rows(file: InputFile, index: Iterator[int]) -> Iterator[Row | BadRow]:
     name = file.source.name
+    from .parquet_input import parquet_batches  # late, likewise
+    from .parquet_values import rows_of
+
     rows = chain.from_iterable(map(rows_of, parquet_batches(file)))
     for line, (row, num_bytes) in enumerate(rows, 1):
         if isinstance(row, dict):

@@ -8,13 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-
 from .exit_code import CommandError, ExitCode
 from .files import io_errors
 from .inputs import Source
-from .output_columns import OutputColumns
-from .parquet_output import Lines, write_parquet
+from .output_columns import Lines, OutputColumns
 
 _BUFFER_BYTES = 1 << 18
 
@@ -33,6 +30,10 @@ def write_lines(
     A Parquet file has `metadata` as well.
     """
     if name.endswith(".parquet"):
+        import pyarrow as pa  # late: most outputs need none of it
+
+        from .parquet_output import write_parquet
+
         try:
             write_parquet(file, lines, sources, columns, metadata)
         except MemoryError:
@@ -99,6 +100,8 @@ def _compressed(file: BinaryIO, name: str) -> Iterator[Any]:
         with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
             yield packed
     elif name.endswith(".zst"):
+        import pyarrow as pa
+
         with pa.CompressedOutputStream(_KeptOpen(file), "zstd") as packed:
             yield packed
     else:
@@ -128,5 +131,7 @@ def _decompressed(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix == ".zst":
+        import pyarrow as pa
+
         return io.BufferedReader(pa.input_stream(path, compression="zstd"), _BUFFER_BYTES)
     return open(path, "rb")
