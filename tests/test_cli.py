@@ -434,11 +434,15 @@ def test_overwrite_replaces_an_output_and_its_old_errors(source: Path, tmp_path:
     assert not errors.exists()
 
 
-def test_an_output_may_replace_its_input(tmp_path: Path) -> None:
+def test_an_output_never_replaces_its_input(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prompt": [QUESTION], "n_old": [7]}), path)
-    assert generate(path, "-o", path, "--overwrite", "--max-tokens", "1", "-q").code == 0
-    assert pq.read_table(path).column_names[:3] == ["prompt", "n_old", "completion"]
+    before = path.read_bytes()
+    ended = generate(path, "-o", path, "--overwrite", "--max-tokens", "1", "-q")
+    assert ended.code == 2
+    assert "rows.parquet is an input and also the output" in ended.stderr
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_no_rows_are_no_error(tmp_path: Path) -> None:
