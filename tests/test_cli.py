@@ -443,8 +443,9 @@ def test_an_output_never_replaces_its_input(tmp_path: Path) -> None:
     before = path.read_bytes()
     ended = generate(path, "-o", path, "--overwrite", "--max-tokens", "1", "-q")
     assert ended.code == 2
-    assert "an input is never replaced" in ended.stderr
+    assert "rows.parquet is an input and also the output" in ended.stderr
     assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_no_rows_are_no_error(tmp_path: Path) -> None:
