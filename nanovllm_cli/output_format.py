@@ -26,7 +26,7 @@ def check_output_name(name: str) -> None:
     if name == "-":
         return
     path = Path(name)
-    if name.endswith(os.sep) or path.is_dir():
+    if name.endswith(os.sep) or os.path.isdir(name):  # of pathlib, a name too long is an error
         raise CommandError(
             f"{name} is a directory", f"Name a file in it: -o {os.path.join(name, 'out.jsonl')}"
         )

@@ -3,8 +3,6 @@
 Imports nothing slow before the output's lock is held: whoever comes second is to hear it at once.
 """
 
-import glob
-import os
 from pathlib import Path
 
 from nanovllm_cli.core.errors import UserError
@@ -24,7 +22,6 @@ def start_job(
     _check_files(options)
     if options.timeout is not None:
         signals.end_after(options.timeout)
-    find_inputs(options.inputs, outputs=options.files_written)  # a mistyped name is told at once
     if dry_run:
         from .dry_run import dry_run as run
 
@@ -48,17 +45,16 @@ def start_job(
 
 
 def _check_files(options: GenerateOptions) -> None:
-    """Raise CommandError for names that cannot be written, and for one file under two names."""
+    """Raise CommandError for inputs that are not there, and for outputs that cannot be written.
+
+    One file under two names is such an output.
+    """
     paths = OutputPaths.of(options.output, options.errors)
     metrics = None if options.metrics_file is None else Path(options.metrics_file)
     if metrics is not None:
         check_publishable(metrics, flag="--metrics-file ")
-    inputs = [
-        name
-        for argument in options.inputs
-        for name in ([argument] if os.path.exists(argument) else glob.glob(argument) or [argument])
-        if not os.path.isdir(name)  # of a directory, a job's own files are no inputs
-    ]
+    sources = find_inputs(options.inputs, outputs=options.files_written)
+    inputs = ["-" if source.path is None else source.name for source in sources]
     models = [Path(name) for name in (options.model, options.tokenizer or "") if name]
     others = [
         (f"a file of the model {directory}", file)
