@@ -321,6 +321,20 @@ def test_a_hang_is_seen_in_the_seconds_that_it_may_last(
     assert tokens(finish(engine)) == fake_answers([fault(name)])
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_an_engine_that_stops_while_it_starts_is_started_again(
+    seconds: float, start: Start
+) -> None:
+    engine = start(hang_seconds=2.0)  # a moment later it imports torch
+    time.sleep(seconds)
+    pid = engine.pid
+    os.kill(pid, signal.SIGSTOP)
+    engine.add(ask(1))
+    assert tokens(finish(engine)) == fake_answers([ask(1)])
+    assert engine.num_restarts == 1
+    assert not is_running(pid)
+
+
 def test_a_long_step_on_a_cpu_is_no_hang(start: Start) -> None:
     engine = start(config=replace(CONFIG, device="cpu"), hang_seconds=2.0)
     engine.wait_until_ready()

@@ -573,3 +573,23 @@ def test_a_missing_or_broken_tokenizer_is_a_broken_model(tmp_path: Path) -> None
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(ModelError, match=reason):
             PromptTokenizer(tmp_path)
+
+
+def test_an_added_token_that_is_normalized_loads_and_is_no_injection(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(MODEL, path)
+    theirs: Any = AutoTokenizer.from_pretrained(path)
+    theirs.add_tokens(["<my_tag>", "caf\u00e9-tag"])  # as transformers adds them: normalized
+    theirs.save_pretrained(path)
+    saved = json.loads((path / "tokenizer.json").read_bytes())["added_tokens"]
+    assert [token["normalized"] for token in saved if "tag" in token["content"]] == [True, True]
+    text = "a <my_tag> b<my_tag>caf\u00e9-tag"
+    prompts = [prompt_of({"prompt": text}), chat([{"role": "user", "content": text}])]
+    plain, parsed = PromptTokenizer(path), PromptTokenizer(path, parse_special=True)
+    added = {token["id"] for token in saved}
+    first, conversation = ids_of(plain, prompts)
+    assert not added & set(first)
+    assert control(conversation) == control(
+        template_ids(theirs, [{"role": "user", "content": "x"}])
+    )
+    assert ids_of(parsed, prompts[:1]) == [theirs.encode(text, add_special_tokens=False)]
