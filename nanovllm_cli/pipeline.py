@@ -156,7 +156,7 @@ def _generate(
         output = open_output(options, sources, settings)
     try:
         if first is None:
-            progress.say("empty", "the input has no rows")
+            progress.say("empty", "the input has no rows", "warning")
         elif output.finished is None:
             start()
         with totals.phase("count"):
