@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -254,10 +253,8 @@ class _Hub:
         )
 
     def _hint(self, hint: str) -> str:
-        """With the name that was probably meant; one dash too few makes a name of a flag's end."""
+        """The name that was probably meant, if one is near; else `hint`."""
         name = self._repository.rpartition("/")[2]
-        if re.fullmatch("odel|(ax|in)-[a-z-]+", self._name):
-            return f"A long flag has two dashes: did you mean --m{self._name}? {hint}"
         if name not in SHORT_NAMES and self._repository in (name, f"Qwen/{name}"):
             near = difflib.get_close_matches(name, SHORT_NAMES, n=1, cutoff=0.75)
             if near:

@@ -13,6 +13,7 @@ from hypothesis import settings
 from nanovllm_cli.core.engine import Engine
 from nanovllm_cli.core.request import Completion, Failure, Request
 from nanovllm_cli.kernels.triton_import import HAS_TRITON
+from nanovllm_cli.options import GenerateOptions
 
 # Triton is chosen when the kernels are imported: test_kernels_interpreted.py runs these apart.
 collect_ignore_glob = [] if HAS_TRITON else ["test_triton_*.py"]
@@ -107,3 +108,20 @@ def run_engine() -> RunEngine:
         return ended
 
     return run
+
+
+@pytest.fixture
+def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[GenerateOptions]:
+    """The options of each job that is begun from here on, of x.jsonl; no job runs."""
+    seen: list[GenerateOptions] = []
+
+    def begin(options: GenerateOptions, **_: object) -> int:
+        seen.append(options)
+        return 0
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("x.jsonl").touch()
+    monkeypatch.setattr("nanovllm_cli.pipeline.generate", begin)
+    monkeypatch.setattr("nanovllm_cli.dry_run.dry_run", begin)
+    return seen

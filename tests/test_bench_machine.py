@@ -58,7 +58,8 @@ def test_the_clock_starts_with_the_process() -> None:
     )
     before = time.perf_counter()
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 0.5 <= float(run.stdout) < time.perf_counter() - before
+    tick = 1 / os.sysconf("SC_CLK_TCK")  # the kernel counts in these
+    assert 0.5 <= float(run.stdout) < time.perf_counter() - before + tick
 
 
 def test_a_machine_without_nvml_has_no_counters() -> None:

@@ -111,10 +111,11 @@ def test_an_error_is_on_stderr_and_not_on_stdout(name: str, runs: dict[str, Run]
         assert "\n\nhint: " in stderr
 
 
-def test_success_is_silent_where_that_is_wished(runs: dict[str, Run], folder: Path) -> None:
+def test_quiet_says_nothing_but_that_rows_failed(runs: dict[str, Run], folder: Path) -> None:
     assert (runs["good"].stdout, runs["good"].stderr) == (b"", "")
     assert len(read_rows(folder / "good.out.jsonl")) == 2
-    assert runs["some failed"].stderr == ""  # the code says it, and the errors file
+    (line,) = runs["some failed"].stderr.splitlines()
+    assert line == "warning: 1 of 3 rows failed (1 no_prompt); see some_bad.out.jsonl.errors.jsonl"
 
 
 def test_a_closed_stderr_does_not_send_messages_to_stdout(runs: dict[str, Run]) -> None:

@@ -1,7 +1,6 @@
 """Small files that hold much: bounded memory, and time that is not that of each byte's row."""
 
 import gzip
-import os
 import random
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from nanovllm_cli.row_key import row_key
 from nanovllm_cli.rows import BadRow, Row, check_inputs, read_rows
 from nanovllm_cli.tokenizer import PromptTokenizer
 
-from .cli import COMMAND, MODEL, environment
+from .cli import MODEL, environment
 from .fake_engine import FakeEngine
 from .input_files import read
 from .job_folder import JobFolder, good_rows
@@ -51,15 +50,23 @@ def one_text_in(num_rows: int, path: str, **options: Any) -> str:
     return path
 
 
+# What the kernel counts of a child begins with the memory of the process that started it.
+MEASURED = """
+import atexit, re
+def tell():
+    status = open("/proc/self/status").read()
+    print("PEAK", re.search(r"VmHWM:\\s+(\\d+)", status)[1], file=open("/dev/stderr", "w"))
+atexit.register(tell)
+from nanovllm_cli.app import main
+main()
+"""
+
+
 def ended(*arguments: str) -> tuple[int, int]:
-    """The exit code of the real command, and the most memory that it held."""
-    command = [str(COMMAND), *arguments]
-    null = os.open(os.devnull, os.O_RDWR)
-    actions = [(os.POSIX_SPAWN_DUP2, null, number) for number in (0, 1, 2)]
-    process = os.posix_spawn(command[0], command, environment(), file_actions=actions)
-    _, status, usage = os.wait4(process, 0)
-    os.close(null)
-    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+    """The exit code of the command, and the most memory that it held."""
+    command = [sys.executable, "-c", MEASURED, *arguments]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    return run.returncode, int(run.stderr.rpartition("PEAK ")[2]) * 1024
 
 
 def test_rows_that_share_a_large_text_take_the_memory_of_few() -> None:
@@ -110,6 +117,7 @@ def test_too_little_memory_for_parquet_is_no_damage() -> None:
         from nanovllm_cli.inputs import find_inputs
         from nanovllm_cli.rows import check_inputs
         from nanovllm_cli.run_job import exit_code_of
+        import nanovllm_cli.parquet_input
         kilobytes = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1])
         resource.setrlimit(resource.RLIMIT_AS, ((kilobytes << 10) + (100 << 20),) * 2)
         try:

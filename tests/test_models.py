@@ -93,13 +93,6 @@ def test_another_name_is_not_taken_for_a_misspelt_one(name: str) -> None:
     assert "Did you mean" not in str(refusal(name).hint)
 
 
-def test_one_dash_before_a_long_flag_is_told(tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "in.jsonl", [{"prompt": "Q: 1+4=\nA:"}])
-    ended = call("generate", source, "-model", source, "--offline")
-    assert ended.code == 66
-    assert "did you mean --model?" in ended.stderr
-
-
 @pytest.mark.parametrize(
     "name", ["~", "~/model", "~nobody-of-that-name/model"], ids=["~", "in ~", "another's"]
 )

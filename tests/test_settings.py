@@ -6,25 +6,12 @@ import pytest
 
 from nanovllm_cli.options import GenerateOptions
 
-from .cli import SAMPLE, Run, call
-
-
-@pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> list[GenerateOptions]:
-    """The options of each job that is begun from here on; no job runs."""
-    seen: list[GenerateOptions] = []
-
-    def generate(options: GenerateOptions, **_: object) -> int:
-        seen.append(options)
-        return 0
-
-    monkeypatch.setattr("nanovllm_cli.pipeline.generate", generate)
-    return seen
+from .cli import Run, call
 
 
 def begin(*flags: str | Path, variable: str | None = None) -> Run:
     env = {} if variable is None else {"NANOVLLM_STOP": variable}
-    return call("generate", SAMPLE / "prompts.jsonl", *flags, env=env)
+    return call("generate", "x.jsonl", *flags, env=env)
 
 
 @pytest.mark.parametrize(
