@@ -33,7 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "default_map": {"help": False},  # or Typer imports pydantic to convert it: 0.1 s
+        # Or Typer imports pydantic to convert them: 0.1 s.
+        "default_map": dict.fromkeys(("help", "install_completion", "show_completion"), False),
     },
 )
 

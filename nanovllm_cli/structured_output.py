@@ -16,8 +16,6 @@ from typing import Any, Literal
 from .choice_regex import choice_regex
 from .exit_code import CommandError, ExitCode
 from .refusal import Refused, shown
-from .sandbox import SandboxError, Task, sandbox
-from .sandbox_worker import Kind as SandboxKind
 
 Kind = Literal["json", "regex", "choice", "grammar"]
 Check = tuple[Callable[[Any], bool], str]
@@ -135,8 +133,8 @@ def grammar_text(kind: Kind, value: Any) -> str:
         except RecursionError:
             raise BadGrammar("hundreds of the texts are the beginning of the next one") from None
     compiled = _compiled(kind, value if isinstance(value, str) else json.dumps(value))
-    if isinstance(compiled, SandboxError):
-        raise BadGrammar(str(compiled))
+    if isinstance(compiled, BadGrammar):
+        raise compiled
     return compiled
 
 
@@ -192,9 +190,12 @@ def _read(flag: str, name: str) -> str:
 
 
 @lru_cache(maxsize=_MAX_KNOWN)
-def _compiled(kind: Kind, text: str) -> str | SandboxError:
+def _compiled(kind: Kind, text: str) -> str | BadGrammar:
     """Errors are kept as well: many rows may have one bad grammar."""
+    from .sandbox import SandboxError, Task, sandbox  # late: `--help` needs none of it
+    from .sandbox_worker import Kind as SandboxKind
+
     if find_spec("llguidance") is None:
-        return SandboxError("structured output needs llguidance: pip install llguidance")
+        return BadGrammar("structured output needs llguidance: pip install llguidance")
     [result] = sandbox().run([Task(SandboxKind.GRAMMAR, {"kind": kind, "text": text})])
-    return result
+    return BadGrammar(str(result)) if isinstance(result, SandboxError) else result

@@ -112,7 +112,7 @@ def run_engine() -> RunEngine:
 
 @pytest.fixture
 def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[GenerateOptions]:
-    """The options of each job that is begun from here on, of x.jsonl; no job runs."""
+    """The options of each job that is begun from here on, of x.jsonl or y.jsonl; no job runs."""
     seen: list[GenerateOptions] = []
 
     def begin(options: GenerateOptions, **_: object) -> int:
@@ -121,7 +121,8 @@ def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[GenerateOpti
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    Path("x.jsonl").touch()
+    for name in ("x.jsonl", "y.jsonl"):
+        Path(name).touch()
     monkeypatch.setattr("nanovllm_cli.pipeline.generate", begin)
     monkeypatch.setattr("nanovllm_cli.dry_run.dry_run", begin)
     return seen
