@@ -25,11 +25,12 @@ from .first_rows import try_first_rows
 from .inputs import find_inputs
 from .models import resolve_model, resolve_tokenizer
 from .options import GenerateOptions
-from .pipeline import load_tokenizer, sampling_of
+from .pipeline import sampling_of
 from .prompt_limit import max_text_bytes
 from .refusal import Refused
 from .row_plan import RowPlan, RowPlanner
 from .rows import BadRow, check_inputs, read_rows
+from .run_rows import load_tokenizer
 from .tokenizer_files import tokenizer_directory
 
 

@@ -64,6 +64,11 @@ def resolve_tokenizer(name: str, *, offline: bool = False) -> Path:
     return _Hub(name, None, offline=offline, shows_progress=False).snapshot(_SMALL_FILES)
 
 
+def tokenizer_path(name: str | None, model: Path, *, offline: bool) -> Path:
+    """Return the directory of the tokenizer `name`; None: of the model in the directory `model`."""
+    return model if name is None else resolve_tokenizer(name, offline=offline)
+
+
 def default_sampling(path: Path) -> dict[str, Any]:
     """What the checkpoint's generation_config.json says of sampling; greedy if it does not draw.
 

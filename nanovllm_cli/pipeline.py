@@ -7,96 +7,37 @@ their end, and load the weights while the first rows are tokenized. A job whose 
 and one without rows, starts no engine.
 """
 
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from nanovllm_cli import __version__
 from nanovllm_cli.core.checkpoint import check_checkpoint
-from nanovllm_cli.core.config import EngineConfig, ModelConfig
-from nanovllm_cli.core.device_shares import start_children
-from nanovllm_cli.core.engine_child import EngineChild
-from nanovllm_cli.core.engine_client import EngineClient
-from nanovllm_cli.core.engine_process import EngineProcess
-from nanovllm_cli.core.engine_replicas import EngineReplicas
+from nanovllm_cli.core.config import ModelConfig
 from nanovllm_cli.core.grammar import GrammarError, Grammars
 
+from .engines import LoadEngine, load_engine
 from .exit_code import CommandError, ExitCode
-from .feeder import Feeder, to_prompts
 from .files import as_text
 from .fingerprint import fingerprint
 from .finished import JobRecord
 from .first_rows import try_first_rows
 from .inputs import find_inputs
-from .job import Job
 from .log import Log
 from .metrics_file import MetricsFile
-from .models import default_sampling, resolve_model, resolve_tokenizer
+from .models import default_sampling, resolve_model, tokenizer_path
 from .options import GenerateOptions
 from .output import JobOutput, open_output
 from .output_paths import OutputPaths, beside
-from .placement import parallel_notes
 from .process_clock import process_start
 from .progress import Progress
-from .prompt_limit import max_text_bytes
-from .rows import BadRow, Row, check_inputs, read_rows
+from .rows import check_inputs, read_rows
 from .signals import Signals, Stopped
 from .start_notes import start_notes
-from .tokenizer import PromptTokenizer
 from .tokenizer_files import tokenizer_directory
 from .totals import Totals
-
-LoadEngine = Callable[[Path, EngineConfig], EngineClient]
-
-
-def load_engine(path: Path, config: EngineConfig) -> EngineClient:
-    """Load the engine with the checkpoint in the directory `path` into this process."""
-    from nanovllm_cli.core.engine import Engine  # late: it imports torch
-
-    return Engine.from_checkpoint(path, config)
-
-
-class EngineProcesses:
-    """A job's engines, each in a process of its own: a death costs a restart and not the job.
-
-    Whatever ends the block ends the processes.
-    """
-
-    def __init__(self, num_engines: int, num_ranks_each: int) -> None:
-        self._num_engines = num_engines
-        self._num_ranks_each = num_ranks_each
-        self._children: list[EngineChild] = []
-
-    def __enter__(self) -> "EngineProcesses":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for child in self._children:
-            child.kill()  # nothing is left to kill where the job has closed it
-
-    def start(self) -> None:
-        """Start the processes, which import torch and wait for `load`."""
-        self._children = start_children(self._num_engines, self._num_ranks_each)
-
-    def load(self, path: Path, config: EngineConfig) -> EngineClient:
-        """Have them load the checkpoint in the directory `path`; start them if nobody has yet."""
-        if not self._children:
-            self.start()
-        if len(self._children) == 1:
-            return EngineProcess(path, config, child=self._children[0])
-        return EngineReplicas(
-            path, config, num_replicas=len(self._children), children=self._children
-        )
 
 
 def generate(
@@ -143,16 +84,17 @@ def _generate(
             offline=options.offline,
             shows_progress=not options.quiet and options.log_format == "text",
         )
+        tokenizer = tokenizer_path(options.tokenizer, model, offline=options.offline)
         check_checkpoint(model, ModelConfig.from_directory(model))
         sampling = sampling_of(options, model)
         settings = fingerprint(
             options,
             model=model,
-            tokenizer=_tokenizer_path(options, model),
+            tokenizer=tokenizer,
             sampling=sampling,
             say=partial(progress.say, "note"),
         )
-        _check_grammar(sampling.get("grammar"), model, _tokenizer_path(options, model))
+        _check_grammar(sampling.get("grammar"), model, tokenizer)
         output = open_output(options, sources, settings)
     try:
         if first is None:
@@ -179,7 +121,9 @@ def _generate(
                 )
                 for level, note in told:
                     progress.say("note", note, level)
-                _run(options, model, sampling, rows, output, totals, progress, load, signals)
+                from .run_rows import run_rows  # late: most of what a job imports
+
+                run_rows(options, model, sampling, rows, output, totals, progress, load, signals)
             exit_code = _exit_code(options, totals.num_failed_rows)
             with totals.phase("publish"), signals.held():
                 output.publish(exit_code, partial(_stats, options, totals, exit_code))
@@ -209,75 +153,6 @@ def sampling_of(options: GenerateOptions, model: Path) -> dict[str, Any]:
             exit_code=ExitCode.NOT_FOUND,
         )
     return default_sampling(directory) | options.sampling
-
-
-def load_tokenizer(options: GenerateOptions, model_path: Path) -> PromptTokenizer:
-    """The tokenizer that `options` name: the model's own where they name none."""
-    path = _tokenizer_path(options, model_path)
-    return PromptTokenizer(
-        path, parse_special=options.parse_special, chat_template=options.prompt.chat_template
-    )
-
-
-def _run(
-    options: GenerateOptions,
-    model: Path,
-    sampling: dict[str, Any],
-    rows: Iterator[Row | BadRow],
-    output: JobOutput,
-    totals: Totals,
-    progress: Progress,
-    load: LoadEngine,
-    signals: Signals,
-) -> None:
-    """Load the model and run what is missing in the output."""
-    feeder = engine = None
-    progress.begin(f"{totals.counts()}; loading {options.model}")
-    for note in parallel_notes(options.engine, options.data_parallel_size, model):
-        progress.say("note", note)
-    try:
-        with totals.phase("load"):
-            path = os.fspath(tokenizer_directory(_tokenizer_path(options, model)).absolute())
-            # A process of its own loads meanwhile.
-            engine = load(model, replace(options.engine, tokenizer_path=path))
-            tokenizer = load_tokenizer(options, model)
-            prompts = output.missing(to_prompts(output.watch(rows), options.prompt))
-            most = max_text_bytes(options, model, _tokenizer_path(options, model))
-            feeder = Feeder(prompts, tokenizer, options.rows_in_flight, max_text_bytes=most)
-            totals.attention_backend = engine.attention_backend
-        totals.engine = engine.stats
-        job = Job(
-            options,
-            sampling=sampling,
-            engine=engine,
-            tokenizer=tokenizer,
-            feeder=feeder,
-            output=output,
-            totals=totals,
-            signals=signals,
-        )
-        with totals.phase("generate"), signals.held():
-            is_done = job.run(progress)
-    finally:
-        if engine is not None:
-            engine.close()
-        if feeder is not None:
-            feeder.close()
-    if not is_done:
-        signals.raise_received()
-        raise CommandError(
-            f"{totals.num_failed_rows} rows failed, a larger share than --max-error-rate "
-            f"{options.max_error_rate} of those taken: "
-            + ", ".join(f"{count} {code}" for code, count in totals.errors.most_common(3)),
-            "Rows that are done are kept. Mend the rows and add --retry-failed, or raise the rate.",
-            exit_code=ExitCode.SOME_ROWS_FAILED,
-        )
-
-
-def _tokenizer_path(options: GenerateOptions, model: Path) -> Path:
-    if options.tokenizer is None:
-        return model
-    return resolve_tokenizer(options.tokenizer, offline=options.offline)
 
 
 def _check_grammar(grammar: str | None, model: Path, tokenizer: Path) -> None:

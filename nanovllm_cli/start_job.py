@@ -35,7 +35,8 @@ def start_job(
 
     check_job_fits(options.engine, options.data_parallel_size, options.model)
     with output_locks(options):
-        from .pipeline import EngineProcesses, generate
+        from .engines import EngineProcesses
+        from .pipeline import generate
 
         if single_process:
             return generate(options, signals=signals)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from nanovllm_cli import pipeline
+from nanovllm_cli import pipeline, run_rows
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.exit_code import CommandError
 from nanovllm_cli.options import GenerateOptions
@@ -115,7 +115,7 @@ class JobFolder:
         return [int(line.split(b" ", 4)[3]) for line in lines if line not in claims]
 
     def _generate(self, load: Any, **more: Any) -> int:
-        with mock.patch.object(pipeline, "load_tokenizer", return_value=_tokenizer()):
+        with mock.patch.object(run_rows, "load_tokenizer", return_value=_tokenizer()):
             return int(pipeline.generate(self.options(**more), load))
 
     def _beside(self, what: str) -> Path:

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nanovllm_cli import file_output, files, journal, pipeline
+from nanovllm_cli import file_output, files, journal, pipeline, run_rows
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.exit_code import CommandError
 from nanovllm_cli.lock import output_locks
@@ -41,7 +41,7 @@ _LEAST_JOBS = 10
 _TOKENIZER = PromptTokenizer(MODEL)
 
 
-pipeline.load_tokenizer = lambda options, model: _TOKENIZER  # loaded once, for all children
+run_rows.load_tokenizer = lambda options, model: _TOKENIZER  # loaded once, for all children
 
 
 def options_of(source: Path, output: Path, **more: Any) -> GenerateOptions:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm_cli import pipeline
+from nanovllm_cli import pipeline, run_rows
 from nanovllm_cli.core.config import EngineConfig
 from nanovllm_cli.core.errors import UserError
 from nanovllm_cli.options import GenerateOptions
@@ -28,7 +28,7 @@ def one_tokenizer() -> Iterator[None]:
     """Loaded once: it takes longer than a job with the fake engine."""
     tokenizer = PromptTokenizer(MODEL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "load_tokenizer", lambda options, model: tokenizer)
+        patch.setattr(run_rows, "load_tokenizer", lambda options, model: tokenizer)
         yield
 
 
