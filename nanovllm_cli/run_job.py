@@ -55,7 +55,14 @@ def run_job(
     A signal ends the process here, when what the body holds is let go of.
     """
     log = log or Log()
-    with signals or Signals() as signals:
+    try:
+        return _run_job(job, signals or Signals(), debug=debug, log=log)
+    except Stopped as stopped:  # a signal in the moment before the body, or in the one after it
+        return _end_stopped(stopped, log)
+
+
+def _run_job(job: Callable[[], ExitCode], signals: Signals, *, debug: bool, log: Log) -> ExitCode:
+    with signals:
         try:
             exit_code = job()
             if signals.received != signal.SIGALRM:  # what is done by then is not too late
@@ -67,15 +74,19 @@ def run_job(
             if signals.has_raised and not isinstance(error, Stopped):
                 assert signals.received is not None, "that is what it has raised"
                 error = Stopped(signals.received)  # a library has made something else of it
-            exit_code = exit_code_of(error)
             if isinstance(error, Stopped):
-                log.say("stopped", error.message, level="error", exit_code=exit_code)
-                if error.number != signal.SIGALRM:
-                    end_by(error.number)
-                return exit_code
+                return _end_stopped(error, log)
             if debug:
                 show_traceback(error)
             return report_error(error, log)
+
+
+def _end_stopped(stopped: Stopped, log: Log) -> ExitCode:
+    exit_code = exit_code_of(stopped)
+    log.say("stopped", stopped.message, level="error", exit_code=exit_code)
+    if stopped.number != signal.SIGALRM:
+        end_by(stopped.number)
+    return exit_code
 
 
 def end_for_closed_pipe() -> ExitCode:
