@@ -25,14 +25,17 @@ _LINE_SECONDS = 30.0
 _METRICS_SECONDS = 10.0
 _BAR_SECONDS = 0.1
 _BAR_WIDTHS = (6, 40)  # characters: the least, and the most
+_MIN_WIDTH, _USUAL_WIDTH = 20, 80  # columns
 _JOIN_SECONDS = 1.0  # whoever reads stderr may not read on
 
 
-class _Stderr(Console):
+class Stderr(Console):
     """A console on stderr, which may be full or closed: no job fails for what it does not show."""
 
     def __init__(self) -> None:
         super().__init__(file=sys.stderr)
+        if self.width < _MIN_WIDTH:  # COLUMNS=0 is said where nobody knows
+            self.width = _USUAL_WIDTH
 
     def on_broken_pipe(self) -> None:
         """Instead of rich's way: to close stdout, and to exit."""
@@ -70,7 +73,7 @@ class Progress:
         self._is_over = False
         self._line_seconds = line_seconds
         self._metrics_seconds = metrics_seconds
-        self._console = _Stderr()
+        self._console = Stderr()
         has_rows = is_stdout and sys.stdout is not None and sys.stdout.isatty()
         is_terminal = self._console.is_terminal and not has_rows
         self._is_bar = is_terminal and not quiet and not log.is_json

@@ -131,6 +131,18 @@ def test_quiet_adds_nothing_to_errors_that_go_to_stderr(tmp_path: Path) -> None:
         assert json.loads(line)["error"]["code"] == "no_prompt"
 
 
+@pytest.mark.parametrize("columns", ["0", "5"])
+def test_no_columns_are_as_many_as_usual(columns: str, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "in.jsonl", [GOOD])
+    ended = run(
+        *("generate", rows, "--model", MODEL, "--max-tokens", "2", "-o", tmp_path / "o.jsonl"),
+        env={"COLUMNS": columns},
+    )
+    assert ended.code == 0
+    table = {line.split()[0]: line.split(maxsplit=1)[1] for line in ended.stderr.splitlines()}
+    assert table["output"].startswith(str(tmp_path)[:20])  # it may be cut at its end
+
+
 def test_the_closing_table_names_the_files_and_the_reasons(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "in.jsonl", [GOOD, *BAD])
     output = tmp_path / "out.jsonl"
