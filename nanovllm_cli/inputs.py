@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .exit_code import CommandError, ExitCode
+from .files import kind_of
 from .input_identity import FirstLook
 
 # A name may hold a newline.
@@ -129,7 +130,21 @@ def _paths_of(argument: str, own: _OwnFiles) -> list[str]:
     if not files:
         tried = os.path.abspath(argument) if argument else "''"
         raise CommandError(f"{missing} {tried}", hint, exit_code=ExitCode.NOT_FOUND)
+    for path in files:
+        if path != argument and (what := _kind(path)) is not None:
+            raise CommandError(
+                f"{path}, found by {argument}, is {what}, which could keep the job waiting",
+                "Remove it, or name it itself if it is an input.",
+                exit_code=ExitCode.INPUT_UNUSABLE,
+            )
     return files
+
+
+def _kind(path: str) -> str | None:
+    try:
+        return kind_of(os.stat(path))
+    except OSError:
+        return None  # whoever reads it says why
 
 
 def _is_made_of(directory: str, path: str) -> bool:

@@ -144,3 +144,15 @@ def test_a_data_set_of_a_hub_is_to_be_downloaded_first() -> None:
         assert error.exit_code == ExitCode.NOT_FOUND
         assert "hf download --repo-type dataset tatsu-lab/alpaca" in str(error.hint)
     assert "hf download" not in str(refusal(["folder/missing.jsonl"]).hint)
+
+
+@pytest.mark.parametrize("argument", ["in", "in/*.jsonl"])
+def test_a_fifo_that_was_only_found_is_refused_by_name(argument: str) -> None:
+    os.mkdir("in")
+    Path("in/a.jsonl").write_text("{}\n")
+    os.mkfifo("in/b.jsonl")
+    error = refusal([argument])
+    assert error.exit_code == ExitCode.INPUT_UNUSABLE
+    assert "in/b.jsonl" in error.message
+    assert "a FIFO" in error.message
+    assert names(["in/a.jsonl", "in/b.jsonl"]) == ["in/a.jsonl", "in/b.jsonl"]
