@@ -8,7 +8,8 @@ that at every moment either the journal has all rows or the files have.
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,6 +74,7 @@ class FileOutput:
         if options.private and record is not None:
             self._make_private(self._stats_path, is_own=True)
         self._replaced = [content for content in (output, errors) if content is not None]
+        self._found = {path: _identity(path) for path in (self._path, self._errors_path) if path}
         header = {"nanovllm_version": __version__, "fingerprint": fingerprint}
         journal_path = beside(self._path, "partial")
         if options.restart:
@@ -144,19 +146,23 @@ class FileOutput:
         check_num_rows(self._num_rows, self.journal.end_row, self.journal.path)
         assert self._is_complete, "a row is neither completed nor failed"
         private, errors = self._options.private, self._errors_path
-        check = self.journal.check_owner
         self.journal.sync()
-        check()
-        with io_errors(self._path), appearing(self._path, private=private, check=check) as output:
+        self.journal.check_owner()
+
+        def file(path: Path) -> AbstractContextManager[BinaryIO]:
+            return appearing(path, private=private, check=partial(self._check_replaceable, path))
+
+        with io_errors(self._path), file(self._path) as output:
             columns = self._options.columns
             metadata = as_metadata(self.journal.header["fingerprint"])
             write_lines(output, self._path.name, self._completed, self._sources, columns, metadata)
             if errors is None or not self.journal.num_failed:
                 self._publish_stats(exit_code, stats, _content_of(output), None)
                 if errors is not None:
+                    self._check_replaceable(errors)
                     remove_own(errors)
             else:
-                with io_errors(errors), appearing(errors, private=private, check=check) as failed:
+                with io_errors(errors), file(errors) as failed:
                     write_lines(failed, errors.name, self._failed, [], OutputColumns())
                     contents = _content_of(output), _content_of(failed)
                     self._publish_stats(exit_code, stats, *contents)
@@ -239,6 +245,16 @@ class FileOutput:
         ):
             file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
 
+    def _check_replaceable(self, path: Path) -> None:
+        """Raise CommandError for a file that another program has left there while the job ran."""
+        self.journal.check_owner()
+        if not self._options.overwrite and _identity(path) != self._found[path]:
+            raise CommandError(
+                f"{path} has changed while the job ran, by another program",
+                "Move it away and run the job again: all its rows are kept. Or --overwrite.",
+                exit_code=ExitCode.OUTPUT_EXISTS,
+            )
+
     @staticmethod
     def _make_private(path: Path, *, is_own: bool) -> None:
         """What an earlier run without --private has left is for its owner alone from now on."""
@@ -253,10 +269,8 @@ class FileOutput:
             content = None
             if path is not None and os.path.lexists(path):
                 content = content_of(path) if record is not None else "unknown"
-            # An errors file beside OUTPUT goes with it, whosever it is.
-            is_named = path in self._paths.named
             is_own = content is None or (record is not None and record.owns(content))
-            if is_named and not is_own and not self._options.overwrite:
+            if not is_own and not self._options.overwrite:
                 raise CommandError(
                     f"{path} exists already, and is not as a job of this tool has left it",
                     "Name another file, or add --overwrite: it is replaced when the job is done.",
@@ -265,7 +279,32 @@ class FileOutput:
             if path is not None and content is not None and self._options.private:
                 self._make_private(path, is_own=is_own)
             contents.append(content)
-        return contents[0], contents[1]
+        output, errors = contents
+        if self._options.overwrite or os.path.lexists(beside(self._path, "partial")):
+            return output, errors
+        if record is None and os.path.lexists(self._stats_path):
+            raise CommandError(
+                f"{self._stats_path} exists already, and is no stats file of this tool",
+                "Name another output, or add --overwrite: it is replaced when the job is done.",
+                exit_code=ExitCode.OUTPUT_EXISTS,
+            )
+        if output is None and errors:
+            raise CommandError(
+                f"{self._errors_path} holds the failed rows of an earlier job, whose output "
+                f"{self._path} has been moved or removed",
+                "Move it after its output, or add --overwrite: the job then replaces it.",
+                exit_code=ExitCode.OUTPUT_EXISTS,
+            )
+        return output, errors
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from another one of its name, and from itself after a change."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _content_of(file: BinaryIO) -> str:
