@@ -28,6 +28,7 @@ _UNPRINTABLE_IN_JSON = re.compile(
 # A link is not followed, and a FIFO not waited on.
 _SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _BUFFER_BYTES = 1 << 18
+_MAX_FLAG_FILE_BYTES = 16 << 20
 _LEFT_END = ".tmp"
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -43,8 +44,8 @@ class TakenOver(CommandError):
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"another run has taken over {path}",
-            "Nothing was published by this run. Run it again when the other has ended.",
+            f"another run has taken over {path}, or its journal was changed or removed",
+            "Nothing was published by this run. Run it again when no other runs.",
             exit_code=ExitCode.LOCKED,
         )
 
@@ -114,6 +115,20 @@ def open_regular(path: Path) -> int:
 def kind_of(status: os.stat_result) -> str | None:
     """Return what it is if it is not a regular file: "a FIFO"."""
     return _KINDS.get(stat.S_IFMT(status.st_mode))
+
+
+def read_flag_file(path: Path) -> bytes:
+    """The content of a file that a flag names, which may be a pipe; raises OSError.
+
+    Also for a device or a socket, and for more than 16 MiB: a pipe may have no end.
+    """
+    if (what := kind_of(os.stat(path))) not in (None, "a FIFO"):
+        raise OSError(errno.EINVAL, f"it is {what}, not a file")
+    with open(path, "rb") as file:
+        content = file.read(_MAX_FLAG_FILE_BYTES + 1)
+    if len(content) > _MAX_FLAG_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {_MAX_FLAG_FILE_BYTES >> 20} MiB")
+    return content
 
 
 def new_name(path: Path) -> Path:

@@ -5,6 +5,7 @@ from pathlib import Path
 import orjson
 
 from .exit_code import CommandError, ExitCode
+from .files import read_flag_file
 from .prompt_content import Messages, from_messages
 from .refusal import Refused
 
@@ -45,7 +46,7 @@ def read_prefix(path: Path) -> str | Messages:
 def _read(flag: str, path: Path) -> str:
     """Text that is not empty; raises CommandError."""
     try:
-        text = path.read_bytes().decode()  # not read_text, which would change line breaks
+        text = read_flag_file(path).decode()
     except FileNotFoundError:
         raise CommandError(
             f"{flag}: there is no file {path}", exit_code=ExitCode.NOT_FOUND

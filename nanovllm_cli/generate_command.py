@@ -267,6 +267,19 @@ def generate_command(
             log_format=log_format,
             metrics_file=metrics_file,
         )
-        return start_job(options, signals, dry_run=dry_run, single_process=single_process)
+        return start_job(
+            options,
+            signals,
+            dry_run=dry_run,
+            single_process=single_process,
+            flag_files={
+                "--config": config,
+                "--template-file": template_file,
+                "--prefix-file": prefix_file,
+                "--chat-template": chat_template,
+                "--json-schema": json_schema,
+                "--grammar": grammar,
+            },
+        )
 
     raise typer.Exit(run_job(job, debug=debug, log=Log(log_format), signals=signals))

@@ -1,5 +1,6 @@
 """`nanovllm merge`: the outputs of all shards -> one output."""
 
+import os
 from pathlib import Path
 
 import typer
@@ -7,7 +8,7 @@ import typer
 from nanovllm_cli.core.errors import UserError
 
 from . import flags
-from .exit_code import ExitCode
+from .exit_code import CommandError, ExitCode
 from .lock import output_lock
 from .output_format import check_output_name
 from .output_paths import OutputPaths, beside, check_distinct
@@ -73,4 +74,9 @@ def merge_command(
 
 
 def _files_of(shard: str) -> list[Path]:
+    if not shard or os.path.isdir(shard):
+        raise CommandError(
+            f"{shard} is a directory, not a shard's output" if shard else "a shard's name is empty",
+            "Name the files: out-*.jsonl.",
+        )
     return [Path(shard), *(beside(Path(shard), what) for what in ("stats.json", "errors.jsonl"))]

@@ -141,6 +141,12 @@ def score_command(
             log_format=log_format,
             metrics_file=metrics_file,
         )
-        return start_job(options, signals, dry_run=dry_run, single_process=single_process)
+        return start_job(
+            options,
+            signals,
+            dry_run=dry_run,
+            single_process=single_process,
+            flag_files={"--config": config},
+        )
 
     raise typer.Exit(run_job(job, debug=debug, log=Log(log_format), signals=signals))

@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 from .exit_code import CommandError, ExitCode
+from .files import read_flag_file
 
 
 def option(default: Any, *names: str, **more: Any) -> Any:
@@ -60,10 +61,12 @@ def load_config_file(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_flag_file(path).decode())
     except FileNotFoundError:
         raise CommandError(f"no config file {path}", exit_code=ExitCode.NOT_FOUND) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CommandError(f"--config: cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"{path} is not a TOML file: {error}") from None
     flags: dict[str, Any] = {
         name.lstrip("-").replace("-", "_"): parameter

@@ -3,6 +3,7 @@
 Imports nothing slow before the output's lock is held: whoever comes second is to hear it at once.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from nanovllm_cli.core.errors import UserError
@@ -16,10 +17,18 @@ from .signals import Signals
 
 
 def start_job(
-    options: GenerateOptions, signals: Signals, *, dry_run: bool, single_process: bool
+    options: GenerateOptions,
+    signals: Signals,
+    *,
+    dry_run: bool,
+    single_process: bool,
+    flag_files: Mapping[str, str | Path | None],
 ) -> ExitCode:
-    """Run the job to its end; raises UserError for what ends it as a whole, and Stopped."""
-    _check_files(options)
+    """Run the job to its end; raises UserError for what ends it as a whole, and Stopped.
+
+    flag_files: flags, and the files that they name, which were read.
+    """
+    _check_files(options, flag_files)
     if options.timeout is not None:
         signals.end_after(options.timeout)
     if dry_run:
@@ -45,7 +54,7 @@ def start_job(
             return generate(options, load=engines.load, start=engines.start, signals=signals)
 
 
-def _check_files(options: GenerateOptions) -> None:
+def _check_files(options: GenerateOptions, flag_files: Mapping[str, str | Path | None]) -> None:
     """Raise CommandError for inputs that are not there, and for outputs that cannot be written.
 
     One file under two names is such an output.
@@ -63,4 +72,5 @@ def _check_files(options: GenerateOptions) -> None:
         if directory.is_dir()
         for file in directory.iterdir()
     ]
+    others += [(f"the file of {flag}", Path(name)) for flag, name in flag_files.items() if name]
     check_distinct(paths, inputs=inputs, metrics=metrics, others=others)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from .choice_regex import choice_regex
 from .exit_code import CommandError, ExitCode
+from .files import read_flag_file
 from .refusal import Refused, shown
 
 Kind = Literal["json", "regex", "choice", "grammar"]
@@ -182,10 +183,13 @@ def _of_structured_outputs(value: Mapping[str, Any], place: str) -> tuple[Kind, 
 def _read(flag: str, name: str) -> str:
     path = Path(name).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
+        return read_flag_file(path).decode().replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise CommandError(f"{flag}: no file {path}", exit_code=ExitCode.NOT_FOUND) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        why = error.strerror or error
+        raise CommandError(f"{flag}: {path} cannot be read: {why}") from None
+    except UnicodeDecodeError as error:
         raise CommandError(f"{flag}: {path} cannot be read: {error}") from None
 
 

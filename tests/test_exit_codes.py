@@ -26,6 +26,7 @@ from .cli import (
     environment,
     generate,
     read_rows,
+    run,
     shell,
     write_rows,
 )
@@ -306,6 +307,7 @@ def test_a_bad_value_in_the_environment_is_2(tmp_path: Path) -> None:
         ("stop = ['a', 1]", "a string or a list of them"),
         ("stop = ['a', '']", "--stop is ''; it must be a text that is not empty"),
         ("temperature = ", "is not a TOML file"),
+        ("x = " + "[" * 3000 + "]" * 3000, "is not a TOML file"),
         ("temperature = -1", "temperature is -1"),
         ("bad-word = ['a', '']", "--bad-word is ('a', '')"),
         ("logit-bias = 5", "--logit-bias is '5'"),
@@ -490,3 +492,27 @@ def test_the_codes_are_those_that_scripts_rely_on() -> None:
         "PIPE_CLOSED": 141,
         "TERMINATED": 143,
     }
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["template-file", "prefix-file", "chat-template", "json-schema", "grammar", "config"],
+)
+def test_a_flags_file_that_has_no_end_is_2(flag: str, tmp_path: Path) -> None:
+    source = one_row(tmp_path)
+    for line in (f"--{flag} /dev/zero", f"--{flag} <(yes)"):
+        ended = subprocess.run(
+            ["bash", "-c", f"ulimit -v 8000000; exec nanovllm generate {source} {line}"],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert ended.returncode == 2, ended.stderr
+        assert ("a device" if "zero" in line else "more than 16 MiB") in ended.stderr
+
+
+def test_a_merge_of_a_directory_or_of_nothing_is_2(tmp_path: Path) -> None:
+    for name in (".", "/", "", tmp_path):
+        ended = run("merge", name, "-o", tmp_path / "m.jsonl")
+        assert ended.code == 2, ended.stderr

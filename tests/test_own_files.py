@@ -74,6 +74,34 @@ def test_a_foreign_file_in_an_own_ones_place_is_refused_at_once(
         assert seen(folder.path) == before
 
 
+@pytest.mark.parametrize("name", ["stats.json", "errors.jsonl"])
+def test_what_another_program_wrote_beside_the_output_is_replaced_only_by_overwrite(
+    name: str, tmp_path: Path
+) -> None:
+    folder = JobFolder(tmp_path / "job", good_rows(3))
+    path = folder.path / f"out.jsonl.{name}"
+    path.write_text('{"mine": 1}\n')
+    for more in ({}, {"restart": True}, {"retry_failed": True}):
+        error = folder.refused(**more)
+        assert (error.exit_code, path.name in error.message) == (ExitCode.OUTPUT_EXISTS, True)
+        assert path.read_text() == '{"mine": 1}\n'
+    assert folder.run(overwrite=True)[0] == 0
+    assert folder.names == {"out.jsonl", "out.jsonl.stats.json"}
+
+
+def test_the_errors_of_a_job_whose_output_was_moved_away_are_kept(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path / "job", mixed_rows(10))
+    assert folder.run()[0] == 3
+    folder.output.rename(folder.path / "monday.jsonl")
+    failed = folder.errors.read_bytes()
+    error = folder.refused()
+    assert (error.exit_code, "has been moved" in error.message) == (73, True)
+    assert folder.errors.read_bytes() == failed
+    folder.errors.rename(folder.path / "monday.jsonl.errors.jsonl")
+    assert folder.run()[0] == 3
+    assert folder.errors.read_bytes() == failed
+
+
 @pytest.mark.parametrize("what", FOREIGN)
 def test_a_foreign_lock_is_refused_at_once(what: str, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", [{"prompt": "a"}])
@@ -286,6 +314,13 @@ SAME = [
     ("-o link/in.jsonl --overwrite", "in.jsonl"),
     ("-o out.jsonl --errors in.jsonl --overwrite", "in.jsonl"),
     ("--errors in.jsonl --overwrite", "in.jsonl"),
+    ("-o t.jsonl --overwrite --template-file t.jsonl", "--template-file"),
+    ("-o t.jsonl --overwrite --prefix-file link/t.jsonl", "--prefix-file"),
+    ("-o t.jsonl --overwrite --chat-template t.jsonl", "--chat-template"),
+    ("--errors t.jsonl --overwrite --template-file t.jsonl", "--template-file"),
+    ("-o c.jsonl --overwrite --config c.jsonl", "--config"),
+    ("-o s.jsonl --overwrite --json-schema s.jsonl", "--json-schema"),
+    ("-o g.jsonl --overwrite --grammar g.jsonl", "--grammar"),
 ]
 
 
@@ -298,6 +333,10 @@ def test_no_file_has_two_uses(
     (tmp_path / "hard.jsonl").hardlink_to(source)
     (tmp_path / "link").symlink_to(".")
     (tmp_path / "sub").mkdir()
+    (tmp_path / "t.jsonl").write_text("{prompt}\n")
+    (tmp_path / "c.jsonl").write_text("top-k = 3\n")
+    (tmp_path / "s.jsonl").write_text('{"type": "string"}\n')
+    (tmp_path / "g.jsonl").write_text('start: "a"\n')
     before = seen(tmp_path)
     ended = generate("in.jsonl", *line.split())
     assert ended.code == 2, ended.stderr
@@ -409,6 +448,26 @@ def test_whoever_lost_its_journal_stops_and_publishes_nothing(
     if not folder.journal.is_symlink() and who != "replaces the journal":
         assert folder.run()[0] == 0
         assert folder.output.read_bytes() == whole.output.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.errors.jsonl"])
+@pytest.mark.parametrize("num_failed", [0, 8])
+def test_what_another_program_leaves_there_while_the_job_runs_is_kept(
+    num_failed: int, name: str, tmp_path: Path
+) -> None:
+    rows = mixed_rows(5 * num_failed) if num_failed else good_rows(40)
+    once = JobFolder(tmp_path / "once", rows)
+    code = once.run()[0]
+    folder = JobFolder(tmp_path / "job", rows)
+    path = folder.path / name
+    with pytest.raises(CommandError, match="has changed while the job ran") as error:
+        folder.run(MeddlingEngine(2, lambda: path.write_text("another's")))
+    assert error.value.exit_code == ExitCode.OUTPUT_EXISTS
+    assert path.read_text() == "another's"
+    path.rename(folder.path / "moved")
+    assert folder.done() == code  # its rows are in the journal
+    assert folder.output.read_bytes() == once.output.read_bytes()
+    assert folder.errors.exists() == bool(num_failed)
 
 
 def test_a_journal_that_another_run_has_open_is_75_though_the_lock_is_gone(
