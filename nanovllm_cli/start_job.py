@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nanovllm_cli.core.errors import UserError
 
+from . import process_clock  # noqa: F401  # it looks at the clock: a lock may be waited for
 from .exit_code import ExitCode
 from .inputs import find_inputs
 from .lock import output_locks

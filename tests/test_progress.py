@@ -17,7 +17,7 @@ from nanovllm_cli.log import Log
 from nanovllm_cli.progress import Progress
 from nanovllm_cli.totals import Totals
 
-from .cli import COMMAND, MODEL, environment, generate, run, write_rows
+from .cli import COMMAND, MODEL, environment, generate, run, shell, write_rows
 
 Captured = pytest.CaptureFixture[str]
 
@@ -168,6 +168,17 @@ def test_the_seconds_are_those_of_the_process_and_of_its_phases(tmp_path: Path) 
     # What is left is the process's end, of what it has imported.
     assert 0.5 * seconds < stats["elapsed_seconds"] <= seconds + 0.1
     assert abs(sum(phases.values()) - stats["elapsed_seconds"]) < 0.3 * seconds
+
+
+def test_the_seconds_of_a_shell_that_became_the_command_are_not_its_own(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", [GOOD])
+    line = (
+        f"sleep 11 && exec nanovllm generate in.jsonl --model {MODEL} -o out.jsonl --max-tokens 2"
+    )
+    ended = shell(line, cwd=tmp_path)
+    assert ended.code == 0, ended.stderr
+    stats = json.loads((tmp_path / "out.jsonl.stats.json").read_text())
+    assert 0.0 < stats["phases_seconds"]["start"] < stats["elapsed_seconds"] < 10.5
 
 
 # --- on a terminal
