@@ -23,7 +23,7 @@ from .exit_code import CommandError, ExitCode
 from .feeder import to_prompts, tokenize
 from .first_rows import try_first_rows
 from .inputs import find_inputs
-from .models import resolve_model, resolve_tokenizer
+from .models import resolve_model, tokenizer_path
 from .options import GenerateOptions
 from .pipeline import sampling_of
 from .prompt_limit import max_text_bytes
@@ -48,18 +48,16 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     if model.tie_word_embeddings:
         check_tied_head(weights)
     max_model_len = longest_sequence(model, engine)
-    checks = _request_checks(options, path, model, max_model_len, sampling.get("grammar"))
+    directory = tokenizer_path(options.tokenizer, path, offline=options.offline)
+    checks = _request_checks(directory, model, max_model_len, sampling.get("grammar"))
     tokenizer = load_tokenizer(options, path)
     planner = RowPlanner(options, sampling, tokenizer)
 
     errors: Counter[str] = Counter()
     num_rows = num_prompt_tokens = num_completion_tokens = longest_prompt = longest = 0
-    tokenizer_path = path
-    if options.tokenizer is not None:
-        tokenizer_path = resolve_model(options.tokenizer, offline=options.offline)
-    most = max_text_bytes(options, path, tokenizer_path)
+    max_bytes = max_text_bytes(options, path, directory)
     for chunk in to_prompts(rows, options.prompt):
-        for fed in tokenize(chunk, tokenizer, most):
+        for fed in tokenize(chunk, tokenizer, max_bytes):
             if isinstance(fed, BadRow):
                 errors[fed.code] += 1
                 continue
@@ -107,16 +105,9 @@ def dry_run(options: GenerateOptions) -> ExitCode:
 
 
 def _request_checks(
-    options: GenerateOptions,
-    path: Path,
-    model: ModelConfig,
-    max_model_len: int,
-    grammar: str | None,
+    tokenizer: Path, model: ModelConfig, max_model_len: int, grammar: str | None
 ) -> RequestChecks:
     """The engine's own; raises CommandError where `grammar`, of all rows, cannot be used."""
-    tokenizer = path
-    if options.tokenizer is not None:
-        tokenizer = resolve_tokenizer(options.tokenizer, offline=options.offline)
     grammars = Grammars(
         tokenizer_directory(tokenizer),
         vocab_size=model.vocab_size,

@@ -73,6 +73,15 @@ def test_a_dry_run_of_a_single_row_ends_as_the_job_does(number: int, tmp_path: P
     assert f"1 {code}" in ended.stderr or code is None
 
 
+def test_a_limit_of_completions_is_none_of_prompts_however_many_rows_there_are(
+    tmp_path: Path,
+) -> None:
+    rows = write_rows(tmp_path / "in.jsonl", [{"prompt": RAW * 3}] * 600)
+    ended = generate(rows, "--max-tokens", "1", "--dry-run")
+    assert ended.code == 0, ended.stderr
+    assert "600 good, 0 bad" in ended.stderr
+
+
 def test_a_job_without_room_for_a_row_is_69_dry_too(rows: Path) -> None:
     for more in ([], ["--dry-run"]):
         ended = generate(rows, "--kv-cache-memory", "0.0001", *more)
