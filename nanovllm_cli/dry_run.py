@@ -6,32 +6,29 @@ headers of their files: what it finds good the job finds good.
 
 import sys
 from collections import Counter
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from nanovllm_cli.core.checkpoint import check_tied_head, checked_tensors
 from nanovllm_cli.core.config import ModelConfig
-from nanovllm_cli.core.grammar import GrammarError, Grammars
 from nanovllm_cli.core.kv_sizes import longest_sequence
 from nanovllm_cli.core.request import Failure
 from nanovllm_cli.core.request_checks import RequestChecks
 from nanovllm_cli.core.resolved_config import resolve
 
-from .exit_code import CommandError, ExitCode
+from .exit_code import ExitCode
 from .feeder import to_prompts, tokenize
 from .first_rows import try_first_rows
 from .inputs import find_inputs
 from .models import resolve_model, tokenizer_path
 from .options import GenerateOptions
-from .pipeline import sampling_of
+from .pipeline import checked_grammars, sampling_of
 from .prompt_limit import max_text_bytes
 from .refusal import Refused
 from .row_plan import RowPlan, RowPlanner
 from .rows import BadRow, check_inputs, read_rows
 from .run_rows import load_tokenizer
-from .tokenizer_files import tokenizer_directory
 
 
 def dry_run(options: GenerateOptions) -> ExitCode:
@@ -49,7 +46,12 @@ def dry_run(options: GenerateOptions) -> ExitCode:
         check_tied_head(weights)
     max_model_len = longest_sequence(model, engine)
     directory = tokenizer_path(options.tokenizer, path, offline=options.offline)
-    checks = _request_checks(directory, model, max_model_len, sampling.get("grammar"))
+    checks = RequestChecks(
+        vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
+        max_model_len=max_model_len,
+        grammars=checked_grammars(sampling.get("grammar"), model, directory),
+    )
     tokenizer = load_tokenizer(options, path)
     planner = RowPlanner(options, sampling, tokenizer)
 
@@ -102,30 +104,6 @@ def dry_run(options: GenerateOptions) -> ExitCode:
     if not options.quiet:
         Console(file=sys.stderr).print(table, highlight=False)
     return ExitCode.SOME_ROWS_FAILED if errors and not options.allow_errors else ExitCode.OK
-
-
-def _request_checks(
-    tokenizer: Path, model: ModelConfig, max_model_len: int, grammar: str | None
-) -> RequestChecks:
-    """The engine's own; raises CommandError where `grammar`, of all rows, cannot be used."""
-    grammars = Grammars(
-        tokenizer_directory(tokenizer),
-        vocab_size=model.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-    )
-    if grammar is not None:
-        try:
-            grammars.matcher(grammar)
-        except GrammarError as error:
-            raise CommandError(
-                f"the rows' grammar cannot be used with this model: {error}"
-            ) from None
-    return RequestChecks(
-        vocab_size=model.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-        max_model_len=max_model_len,
-        grammars=grammars,
-    )
 
 
 def _check(plan: RowPlan, checks: RequestChecks) -> None:

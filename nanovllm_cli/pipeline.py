@@ -85,7 +85,8 @@ def _generate(
             shows_progress=not options.quiet and options.log_format == "text",
         )
         tokenizer = tokenizer_path(options.tokenizer, model, offline=options.offline)
-        check_checkpoint(model, ModelConfig.from_directory(model))
+        config = ModelConfig.from_directory(model)
+        check_checkpoint(model, config)
         sampling = sampling_of(options, model)
         settings = fingerprint(
             options,
@@ -94,7 +95,8 @@ def _generate(
             sampling=sampling,
             say=partial(progress.say, "note"),
         )
-        _check_grammar(sampling.get("grammar"), model, tokenizer)
+        if (grammar := sampling.get("grammar")) is not None:
+            checked_grammars(grammar, config, tokenizer)
         output = open_output(options, sources, settings)
     try:
         if first is None:
@@ -155,17 +157,21 @@ def sampling_of(options: GenerateOptions, model: Path) -> dict[str, Any]:
     return default_sampling(directory) | options.sampling
 
 
-def _check_grammar(grammar: str | None, model: Path, tokenizer: Path) -> None:
-    """Compile the flags' grammar for the model's tokens: it may name some that there are not."""
-    if grammar is None:
-        return
-    sizes = ModelConfig.from_directory(model)
+def checked_grammars(grammar: str | None, model: ModelConfig, tokenizer: Path) -> Grammars:
+    """Return the grammars of a model; `grammar`, of all rows, is compiled for the model's tokens.
+
+    Raises CommandError where it names some that there are not. tokenizer: a directory.
+    """
     directory = tokenizer_directory(tokenizer)
-    grammars = Grammars(directory, vocab_size=sizes.vocab_size, eos_token_ids=sizes.eos_token_ids)
-    try:
-        grammars.matcher(grammar)
-    except GrammarError as error:
-        raise CommandError(f"the rows' grammar cannot be used with this model: {error}") from None
+    grammars = Grammars(directory, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
+    if grammar is not None:
+        try:
+            grammars.matcher(grammar)
+        except GrammarError as error:
+            raise CommandError(
+                f"the rows' grammar cannot be used with this model: {error}"
+            ) from None
+    return grammars
 
 
 def _metrics_file(options: GenerateOptions) -> MetricsFile | None:
